@@ -1,0 +1,49 @@
+"""The narrow interface between optimizers and the code that does the arithmetic on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from shard4bit.layout import Slab
+from shard4bit.maths.update import Rule, Scalars
+from shard4bit.state import Moment
+
+
+@dataclass
+class Work:
+    """One parameter's part of a step on this rank.
+
+    param, grad: this rank's elements, dense, one shape (``slab.shape``); fp32, bf16 or fp16. ``grad``
+        is None where this rank has none but another rank may have: it then counts as zeros.
+    fresh: per moment, the statistics of the new moment by name, filled by ``measure`` and completed
+        by the reduction: "row_max", "col_max", "absmax" (float32); "row_sum", "col_sum", "sum" (float64).
+    links: what other ranks hold of the same rows, columns and blocks (see ``comm.Link``).
+    active: whether the parameter steps; False only where no rank has a gradient.
+    """
+
+    slab: Slab
+    moments: list[Moment]
+    param: Tensor
+    grad: Tensor | None
+    scalars: Scalars
+    maximize: bool = False
+    links: Sequence[Any] = ()
+    active: bool = True
+    fresh: list[dict[str, Tensor]] = field(default_factory=list)
+
+
+class Backend(Protocol):
+    """measure -> reduce -> apply. Implementations hold no state of the optimizer."""
+
+    def measure(self, rule: Rule, works: Sequence[Work]) -> None:
+        """Fill ``work.fresh`` with the statistics that apply cannot know from one pass."""
+
+    def apply(self, rule: Rule, works: Sequence[Work]) -> None:
+        """Update parameters, then store the new moments under their reduced statistics, in place."""
+
+    def decode(self, moment: Moment) -> Tensor:
+        """The moment's values, float32, dense (``slab.numel``,)."""

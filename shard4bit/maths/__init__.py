@@ -1,0 +1,1 @@
+"""Pure functions on tensors: code tables, packing, statistics and update rules. No ranks, no devices."""

@@ -1,0 +1,89 @@
+"""Matching a saved ``state_dict`` with an optimizer: everything is checked before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shard4bit.errors import StateError
+from shard4bit.placement import is_dtensor, to_local
+
+SPEC_OPTIONS = ("quantize", "first_moment", "second_moment", "momentum_buffer")
+
+
+def checked_groups(optimizer: torch.optim.Optimizer, state_dict: Any) -> list[dict[str, Any]]:
+    """The saved groups, if they fit the optimizer's; StateError otherwise."""
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
+        raise StateError(
+            f"expected a state_dict with 'state' and 'param_groups', got {type(state_dict).__name__}"
+        )
+    saved, own = deepcopy(state_dict["param_groups"]), optimizer.param_groups
+    sizes = [len(g["params"]) for g in saved], [len(g["params"]) for g in own]
+    if sizes[0] != sizes[1]:
+        raise StateError(
+            f"the state has parameter groups of {sizes[0]} parameters, this optimizer of {sizes[1]}: "
+            "build it with the same model and groups"
+        )
+    for index, (theirs, ours) in enumerate(zip(saved, own, strict=True)):
+        for option in SPEC_OPTIONS:
+            if option in ours and theirs.get(option) != ours[option]:
+                raise StateError(
+                    f"parameter group {index}: the state has {option}={theirs.get(option)!r}, this "
+                    f"optimizer {ours[option]!r}; build it with the same option"
+                    + ("" if option in theirs else " (is this the state of another optimizer?)")
+                )
+    return saved
+
+
+def matched(
+    own: Mapping[str, Tensor], saved: Mapping[str, Any] | None, what: str
+) -> list[tuple[Tensor, Tensor]]:
+    """(local target, local source) of every tensor of one parameter's state; StateError if they differ."""
+    saved = saved or {}
+    missing, extra = sorted(set(own) - set(saved)), sorted(set(saved) - set(own))
+    if missing or extra:
+        raise StateError(
+            f"{what}: the saved state lacks {missing or 'nothing'} and has {extra or 'nothing'} more than "
+            "this optimizer's: it was written with another spec or by another optimizer"
+        )
+    out = []
+    for key, target in own.items():
+        source = saved[key]
+        if not isinstance(source, Tensor):
+            source = torch.as_tensor(source, dtype=target.dtype)
+        if source.shape != target.shape or (source.dtype != target.dtype and key != "step"):
+            raise StateError(
+                f"{what}: {key} is {source.dtype} {tuple(source.shape)} in the saved state, expected "
+                f"{target.dtype} {tuple(target.shape)}"
+            )
+        out.append((to_local(target), _localized(source, target)))
+    return out
+
+
+def _localized(source: Tensor, target: Tensor) -> Tensor:
+    """This rank's part of ``source`` as ``target`` is sharded."""
+    if not is_dtensor(target):
+        return source.full_tensor() if is_dtensor(source) else source  # type: ignore[attr-defined]
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = target.device_mesh, target.placements  # type: ignore[attr-defined]
+    if not is_dtensor(source):
+        source = source.to(to_local(target).device)
+        return to_local(distribute_tensor(source, mesh, placements, src_data_rank=None))
+    if source.placements != placements or source.device_mesh != mesh:  # type: ignore[attr-defined]
+        source = source.redistribute(mesh, placements)  # type: ignore[attr-defined]
+    return to_local(source)
+
+
+def adopt_options(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Take a saved group's options; the parameters (and their names, if ours have some) stay ours."""
+    names = group.get("param_names")
+    for key, value in saved.items():
+        if key != "params":
+            group[key] = value
+    if names is not None:
+        group["param_names"] = names

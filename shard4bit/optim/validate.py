@@ -1,0 +1,79 @@
+"""Checks of hyper-parameters, parameters and gradients; every failure is a ValueError."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def number(group: Mapping[str, Any], name: str, low: float, high: float, *, open_end: bool) -> None:
+    """Check that a hyper-parameter is a finite number in [low, high] (or [low, high))."""
+    check_number(name, group[name], low, high, open_end=open_end)
+
+
+def check_number(name: str, value: Any, low: float, high: float, *, open_end: bool) -> None:
+    is_tensor = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    if isinstance(value, bool) or not (isinstance(value, int | float) or is_tensor):
+        raise ValueError(f"{name}={value!r}: expected a number")
+    x = float(value)
+    if not math.isfinite(x) or x < low or x > high or (open_end and x == high):
+        interval = f"[{low:g}, {high:g}{')' if open_end else ']'}"
+        raise ValueError(f"{name}={x!r}: expected a finite number in {interval}")
+
+
+def betas(group: Mapping[str, Any]) -> None:
+    value = group["betas"]
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise ValueError(f"betas={value!r}: expected a pair of numbers, such as (0.9, 0.999)")
+    for i, beta in enumerate(value):
+        check_number(f"betas[{i}]", beta, 0.0, 1.0, open_end=True)
+
+
+def boolean(group: Mapping[str, Any], name: str) -> None:
+    if not isinstance(group[name], bool):
+        raise ValueError(f"{name}={group[name]!r}: expected True or False")
+
+
+def no_unknown_keys(group: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """A misspelt option of a parameter group is an error, not a silent default.
+
+    ``params``, ``param_names`` and what schedulers add (``initial_lr``, ...) are let through.
+    """
+    import difflib
+
+    let_through = {"params", "param_names", "name", "lr_scale"}
+    for key in group:
+        if key in known or key in let_through or key.startswith(("initial_", "base_", "max_", "min_")):
+            continue
+        near = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.6)
+        if near:  # other keys may be the user's own notes on a group, which torch allows
+            raise ValueError(f"unknown option {key!r} in a parameter group: did you mean {near[0]!r}?")
+
+
+def parameter(param: Tensor) -> None:
+    if param.dtype not in PARAM_DTYPES:
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} has dtype {param.dtype}: expected float32, "
+            "bfloat16 or float16 (arithmetic is in float32)"
+        )
+
+
+def gradient(grad: Tensor, data: Tensor, name: str) -> None:
+    """Check this rank's gradient against its elements of the parameter."""
+    if grad.layout != torch.strided:
+        raise ValueError(
+            f"{name}: a sparse gradient ({grad.layout}) cannot be quantized; use a dense one "
+            "(torch.nn.Embedding(..., sparse=False))"
+        )
+    if grad.dtype not in PARAM_DTYPES:
+        raise ValueError(f"{name}: gradient of dtype {grad.dtype}, expected float32, bfloat16 or float16")
+    if grad.device != data.device:
+        raise ValueError(f"{name}: gradient on {grad.device}, parameter on {data.device}")
+    if grad.shape != data.shape:
+        raise ValueError(f"{name}: gradient of shape {tuple(grad.shape)}, parameter of {tuple(data.shape)}")

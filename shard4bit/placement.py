@@ -1,0 +1,215 @@
+"""From a parameter (plain tensor or DTensor) to the slab that this rank holds, its neighbours, and
+the DTensors that carry its state. Uses torch's public API only."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shard4bit.comm import Group, TorchGroup
+from shard4bit.errors import LayoutError
+from shard4bit.layout import MatrixView, Neighbours, Range, Slab
+from shard4bit.state import Part
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where one parameter's elements are on this rank.
+
+    data, grad: give this rank's elements (``slab.shape``) and their gradient (or None).
+    neighbours: the process groups along which it is sharded, and how.
+    wrap: makes of a local state tensor what ``optimizer.state`` shows (a DTensor, or the tensor itself).
+    obstacle: (part) -> why a part cannot be shown as a DTensor, or None.
+    prefix: of the state's keys, where one optimizer parameter holds several parameters.
+    """
+
+    slab: Slab
+    data: Callable[[], Tensor]
+    grad: Callable[[], Tensor | None]
+    neighbours: tuple[tuple[Group, Neighbours], ...] = ()
+    wrap: Callable[[Tensor, Part], Tensor] = lambda local, part: local
+    obstacle: Callable[[Part], str | None] = lambda part: None
+    prefix: str = ""
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether it is a DTensor, without importing them (which takes half a second)."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def to_local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, sharing its memory; a plain tensor itself."""
+    with torch.no_grad():
+        return tensor.to_local() if is_dtensor(tensor) else tensor.detach()  # type: ignore[attr-defined]
+
+
+def place(param: Tensor, name: str = "a parameter") -> Placed:
+    """Describe a parameter. Raises LayoutError, on all ranks, for what cannot be served."""
+    fsdp1 = sys.modules.get("torch.distributed.fsdp")
+    if fsdp1 is not None and isinstance(param, fsdp1.FlatParameter):
+        raise LayoutError(
+            f"{name} is a flat parameter of FSDP1 (FullyShardedDataParallel), whose rows and columns a "
+            "plain optimizer cannot see: build the optimizer with shard4bit.fsdp.wrap(model, ...)"
+        )
+    if is_dtensor(param):
+        return _place_dtensor(param, name)
+
+    def grad() -> Tensor | None:
+        return param.grad
+
+    return Placed(slab=Slab.whole(param.shape), data=param.detach, grad=grad)
+
+
+def _place_dtensor(param: Any, name: str) -> Placed:
+    sharding = _Sharding(param, name)
+
+    def grad() -> Tensor | None:
+        found = param.grad
+        if found is None:
+            return None
+        if is_dtensor(found) and found.placements != param.placements:
+            found = found.redistribute(param.device_mesh, param.placements)
+        return to_local(found)
+
+    return Placed(
+        slab=sharding.slab,
+        data=lambda: to_local(param),
+        grad=grad,
+        neighbours=sharding.neighbours(),
+        wrap=sharding.wrap,
+        obstacle=sharding.obstacle,
+    )
+
+
+class _Sharding:
+    """A DTensor's mesh dimensions, sorted into those that shard its rows and those that shard its
+    columns."""
+
+    def __init__(self, param: Any, name: str) -> None:
+        self.mesh, self.placements, self.name = param.device_mesh, param.placements, name
+        chunks = param.__create_chunk_list__()
+        if len(chunks) != 1 or any(p.is_partial() for p in self.placements):
+            raise LayoutError(
+                f"{name} has placements {self.placements} on {self.mesh}: expected Shard and Replicate "
+                "with one contiguous piece a rank"
+            )
+        sizes, offsets = chunks[0].sizes, chunks[0].offsets
+        ends = zip(offsets, sizes, param.shape, strict=True)
+        self.ranges: list[Range] = [(min(o, d), min(o, d) + n) for o, n, d in ends]
+        try:
+            self.slab = Slab.box(param.shape, self.ranges)
+        except ValueError as error:
+            raise LayoutError(f"{name} with placements {self.placements}: {error}") from None
+        assert tuple(to_local(param).shape) == self.slab.shape, (name, self.slab)
+
+    @property
+    def view(self) -> MatrixView:
+        return self.slab.view
+
+    def _sharded_dim(self, mesh_dim: int) -> int | None:
+        """The tensor dimension that a mesh dimension of more than one rank shards."""
+        placement = self.placements[mesh_dim]
+        if placement.is_replicate() or self.mesh.size(mesh_dim) == 1:
+            return None
+        return placement.dim % len(self.view.shape)
+
+    def neighbours(self) -> tuple[tuple[Group, Neighbours], ...]:
+        out: list[tuple[Group, Neighbours]] = []
+        for mesh_dim in range(self.mesh.ndim):
+            dim = self._sharded_dim(mesh_dim)
+            if dim is None:
+                continue
+            group = TorchGroup(self.mesh.get_group(mesh_dim))
+            if dim < self.view.split:
+                out.append((group, Neighbours("rows")))
+            else:
+                out.append((group, Neighbours("cols", self._column_edges(mesh_dim, dim))))
+        return tuple(out)
+
+    def _column_edges(self, mesh_dim: int, dim: int) -> tuple[int, ...]:
+        """Global column boundaries between the ranks of one mesh dimension."""
+        coordinate = self.mesh.get_coordinate()
+        start, stop = 0, self.view.shape[dim]
+        for earlier in range(mesh_dim + 1):
+            if self._sharded_dim(earlier) != dim:
+                continue
+            if not self.placements[earlier].is_shard():
+                raise LayoutError(
+                    f"{self.name}: placements {self.placements} shard columns in strides; shard a "
+                    "leading dimension, or shard the columns by one mesh dimension only"
+                )
+            edges = chunk_edges(start, stop, self.mesh.size(earlier))
+            if earlier < mesh_dim:
+                start, stop = edges[coordinate[earlier]], edges[coordinate[earlier] + 1]
+        inner, before = 1, 0
+        for d in range(len(self.view.shape) - 1, self.view.split - 1, -1):
+            if d < dim:
+                before += self.ranges[d][0] * inner
+            inner *= self.view.shape[d]
+        scale = 1
+        for size in self.view.shape[dim + 1 :]:
+            scale *= size
+        return tuple(before + e * scale for e in edges)
+
+    def obstacle(self, part: Part) -> str | None:
+        if part.role != "units":
+            return None
+        for _, neighbours in self.neighbours():
+            if neighbours.kind != "cols":
+                continue
+            edges, cols = neighbours.edges, self.view.cols
+            units = [-(-e // part.unit) for e in edges]
+            even = tuple(units) == chunk_edges(units[0], units[-1], len(units) - 1)
+            if not even or any(e % part.unit and e != cols for e in edges):
+                return (
+                    f"the columns of {self.name} are cut at {edges}, which are not multiples of "
+                    f"{part.unit} in even steps"
+                )
+        return None
+
+    def wrap(self, local: Tensor, part: Part) -> Tensor:
+        """A DTensor over ``local`` (sharing its memory) with the parameter's mesh."""
+        from torch.distributed.tensor import DTensor
+
+        if self.obstacle(part) is not None:
+            return local
+        shape = part.global_shape(self.slab)
+        return DTensor.from_local(
+            local,
+            self.mesh,
+            self._state_placements(part),
+            run_check=False,
+            shape=torch.Size(shape),
+            stride=torch.empty(shape, device="meta").stride(),
+        )
+
+    def _state_placements(self, part: Part) -> Sequence[Any]:
+        from torch.distributed.tensor import Replicate, Shard
+
+        split = self.view.split
+        out: list[Any] = []
+        for mesh_dim, placement in enumerate(self.placements):
+            dim = self._sharded_dim(mesh_dim)
+            if part.role == "full":
+                out.append(placement)
+            elif dim is None or part.role == "scalar":
+                out.append(Replicate())
+            elif dim < split:
+                out.append(placement if part.role in ("units", "rows") else Replicate())
+            elif part.role == "cols":
+                out.append(Shard(dim - split))
+            else:
+                out.append(Shard(split) if part.role == "units" else Replicate())
+        return out
+
+
+def chunk_edges(start: int, stop: int, parts: int) -> tuple[int, ...]:
+    """Boundaries of [start, stop) cut as torch.chunk and DTensor's Shard do."""
+    step = -(-(stop - start) // parts)
+    return tuple(min(start + k * step, stop) for k in range(parts + 1))

@@ -1,0 +1,96 @@
+"""Persistent gloo process pools for tests: one per world size, because a fresh spawn costs seconds."""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing import get_context
+from typing import Any
+
+TIMEOUT = 120.0  # seconds for one call on all ranks
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)
+    url = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=url, rank=rank, world_size=world, timeout=timeout)
+    while True:
+        call = pipe.recv()
+        if call is None:
+            os._exit(0)  # gloo sometimes aborts in an ordinary exit
+        function, args = call
+        try:
+            pipe.send(("ok", function(*args)))
+        except BaseException as error:
+            try:
+                pipe.send(("error", error, traceback.format_exc()))
+            except Exception:
+                pipe.send(("error", RuntimeError(str(error)), traceback.format_exc()))
+
+
+class Pool:
+    """``run(function, *args)`` calls a module-level function on every rank; results in rank order."""
+
+    def __init__(self, world: int) -> None:
+        context, port = get_context("spawn"), free_port()
+        self.pipes, self.processes = [], []
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world, port, theirs), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def outcomes(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Per rank ("ok", result) or ("error", exception, traceback)."""
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        out = []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(TIMEOUT):
+                self.close()
+                raise TimeoutError(f"rank {rank} did not answer {function.__name__} in {TIMEOUT} s")
+            out.append(pipe.recv())
+        return out
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        outcomes = self.outcomes(function, *args)
+        for rank, outcome in enumerate(outcomes):
+            if outcome[0] == "error":
+                raise AssertionError(f"rank {rank}:\n{outcome[2]}") from outcome[1]
+        return [outcome[1] for outcome in outcomes]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+
+_POOLS: dict[int, Pool] = {}
+
+
+def pool(world: int) -> Pool:
+    """The pool of a world size; restarted if a test broke it."""
+    known = _POOLS.get(world)
+    if known is None or not all(p.is_alive() for p in known.processes):
+        _POOLS[world] = Pool(world)
+    return _POOLS[world]
+
+
+@atexit.register
+def _close_all() -> None:
+    for known in _POOLS.values():
+        known.close()
