@@ -48,7 +48,7 @@ class Run:
         torch.manual_seed(settings.seed)
         self.model = GPT(config)
         ranks.shard(self.model, self.model.blocks)
-        self.optimizer = self._make_optimizer()
+        self.optimizer: Any = self._make_optimizer()
         self.identity = {
             "model": dataclasses.asdict(config),
             "data": self.corpus.source,
@@ -58,16 +58,13 @@ class Run:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         common: dict[str, Any] = {"lr": self.settings.lr, "betas": BETAS, "eps": 1e-8}
+        common["weight_decay"] = WEIGHT_DECAY
         if self.settings.optimizer == "adamw":
-            parameters = self.model.parameters()
-            return torch.optim.AdamW(parameters, weight_decay=WEIGHT_DECAY, **common)
-        return shard4bit.fsdp.wrap(
-            self.model,
-            shard4bit.AdamW4bit,
-            weight_decay=WEIGHT_DECAY,
-            second_moment=self.settings.second_moment,
-            **common,
-        )
+            return torch.optim.AdamW(self.model.parameters(), **common)
+        common["second_moment"] = self.settings.second_moment
+        if self.ranks.backend == "none":
+            return shard4bit.AdamW4bit(self.model.named_parameters(), **common)
+        return shard4bit.fsdp.wrap(self.model, shard4bit.AdamW4bit, **common)
 
     def _loss(self, rows: np.ndarray) -> Tensor:
         """The sum of the losses, in nats, over this rank's bytes of a global batch."""
@@ -120,7 +117,9 @@ class Run:
         begin = time.perf_counter()
         if self.settings.optimizer == "adamw4bit":
             root = self.settings.out / "checkpoints"
-            path = Path(X
+            path = shard4bit.save(
+                root, self.model, self.optimizer, step=step, extra=self.identity
+            )
         else:
             path = self.settings.out / f"dcp-{step:010d}"
             parameters, states = get_state_dict(self.model, self.optimizer)

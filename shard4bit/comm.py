@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shard4bit.backend import Work
 from shard4bit.layout import Neighbours, Slab
+from shard4bit.maths.normalize import NAN
 from shard4bit.spec import Factored, Full, MomentSpec, QuantSpec
 
 Index = tuple[slice, ...]
@@ -156,6 +157,7 @@ def _reduce_max(group: Group, linked: Sequence[tuple[Work, Link]], *, failed: bo
     pieces = [torch.tensor(flags, dtype=torch.float32, device=device)]
     pieces += [_collect(w, s, torch.float32, device, failed) for w, s in shares]
     vector = torch.cat(pieces)
+    vector.masked_fill_(vector.isnan(), NAN)  # a negative NaN would lose to every number
     group.all_reduce(vector.view(torch.int32), maximum=True)
     values = vector[: len(flags)].tolist()
     for (work, _), flag in zip(linked, values[1:], strict=True):

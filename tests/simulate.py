@@ -148,11 +148,17 @@ def _put(out: Tensor, role: str, unit: int, slab: Slab, tensor: Tensor) -> None:
     else:
         first, stop = slab.units(unit)
         window, new = (rows, slice(first, stop)), tensor.view(len(rows), -1)
+        if out.dtype != torch.uint8 and (slab.head or slab.tail):
+            new = new.clone()  # of a cut row, blocks outside of the run are unused
+            if slab.head:
+                new[0, : slab.head // unit] = -1.0
+            if slab.tail:
+                new[-1, -(-(slab.width - slab.tail) // unit) :] = -1.0
     old = out[window]
     if out.dtype == torch.uint8:
         out[window] = old | new
     else:
         fresh = old == -1.0
-        known = (old == new) | (old.isnan() & new.isnan())
+        known = (old == new) | (old.isnan() & new.isnan()) | (new == -1.0)
         assert bool((fresh | known).all()), "ranks disagree about a shared statistic"
         out[window] = torch.where(fresh, new, old)

@@ -80,9 +80,7 @@ def cut(problem: dict[str, Any]) -> list[tuple[Slab, list[tuple[ThreadGroup, Nei
     if problem["kind"] == "run":
         flat = edges(rows * cols, problem["row_cuts"] + problem["col_cuts"])
         group, near = ThreadGroup(len(flat) - 1), Neighbours("run", tuple(flat))
-        return [
-            (Slab.run((rows, cols), a, b), [(group, near)]) for a, b in zip(flat, flat[1:], strict=False)
-        ]
+        return [(Slab.run((rows, cols), a, b), [(group, near)]) for a, b in zip(flat, flat[1:], strict=False)]
     if problem["kind"] == "rows":
         col_edges = [0, cols]
     if problem["kind"] == "cols":

@@ -63,12 +63,9 @@ def normal(seed: int, *shape: int) -> Array:
 
 @pytest.mark.parametrize(
     ("mapping", "signed", "literal"),
-    [("de", True, DE_SIGNED), ("de", False, DE_UNSIGNED), ("de0", False, DE0)]
-    + [("linear", False, LINEAR)],
+    [("de", True, DE_SIGNED), ("de", False, DE_UNSIGNED), ("de0", False, DE0)] + [("linear", False, LINEAR)],
 )
-def test_four_bit_tables_to_the_last_digit(
-    mapping: str, signed: bool, literal: list[float]
-) -> None:
+def test_four_bit_tables_to_the_last_digit(mapping: str, signed: bool, literal: list[float]) -> None:
     assert make_table(mapping, 4, signed).tolist() == literal
 
 
@@ -111,9 +108,7 @@ def test_shapes() -> None:
 
 
 @pytest.mark.parametrize(("mapping", "bits", "signed"), ALL_TABLES)
-def test_encoding_takes_the_nearest_and_ties_take_the_lower(
-    mapping: str, bits: int, signed: bool
-) -> None:
+def test_encoding_takes_the_nearest_and_ties_take_the_lower(mapping: str, bits: int, signed: bool) -> None:
     table = make_table(mapping, bits, signed)
     mids, one = midpoints(table), F32(1)
     assert encode(mids, one, table).tolist() == list(range(2**bits - 1))
@@ -251,9 +246,7 @@ def test_sgd_without_quantization_is_sgd(nesterov: bool) -> None:
     oracle, q, buffer = OracleSGD(p.shape, None), p.astype(np.float64), None
     for t in range(1, 8):
         g = normal(200 + t, 15, 10)
-        p = oracle.step(
-            p, g, lr=0.1, momentum=0.9, dampening=0.25, nesterov=nesterov, weight_decay=0.01
-        )
+        p = oracle.step(p, g, lr=0.1, momentum=0.9, dampening=0.25, nesterov=nesterov, weight_decay=0.01)
         wide = g + 0.01 * q
         buffer = wide if buffer is None else 0.9 * buffer + 0.75 * wide
         q = q - 0.1 * (wide + 0.9 * buffer if nesterov else buffer)
