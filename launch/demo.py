@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from launch import options, report
+from launch.report import plural
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = 5
@@ -30,7 +31,10 @@ class DemoError(RuntimeError):
 
 @dataclass(frozen=True)
 class Demo:
-    """What all parts of the demo share. ranks: of the two trainings; gpus: that may be used."""
+    """What all parts of the demo share. ranks: of the two trainings; gpus: that may be used.
+
+    Parts with more ranks than there are GPUs run on the CPU.
+    """
 
     ranks: int
     gpus: int
@@ -50,7 +54,8 @@ class Demo:
         """
         print(f"[{number}/{STAGES}] {title}", flush=True)
         path = self.out / f"{name}.json"
-        train = ["-m", "launch.train", *self.common, *extra]
+        place = ["--device", "cpu"] if self.gpus < ranks else []
+        train = ["-m", "launch.train", *self.common, *place, *extra]
         begin = time.perf_counter()
         run_ranks(ranks, [*train, "--results", str(path)], limit=300 + 3 * self.steps)
         print(f"      {time.perf_counter() - begin:.0f} s\n", flush=True)
@@ -86,13 +91,13 @@ def run_ranks(ranks: int, program: list[str], limit: float) -> None:
             except subprocess.TimeoutExpired:
                 child.kill()
     if status != 0:
-        raise DemoError(f"status {status} on {ranks} rank(s), see above: {' '.join(program)}")
+        raise DemoError(f"status {status} on {plural(ranks, 'rank')}, see above: {' '.join(program)}")
 
 
 def resume_ranks_note(demo: Demo, ranks: int) -> str:
     """What to say where a resumption uses the CPU although there are GPUs."""
     if 0 < demo.gpus < ranks:
-        return f" (CPU and gloo: there are only {demo.gpus} GPU(s))"
+        return f" (CPU and gloo: too few GPUs: {demo.gpus})"
     return ""
 
 
@@ -105,7 +110,7 @@ def train_and_resume(demo: Demo) -> tuple[report.Results, report.Results, list[r
         shutil.rmtree(demo.out / name, ignore_errors=True)
     trainings = []
     for number, name, title in ((1, "adamw4bit", "AdamW4bit"), (2, "adamw", "torch.optim.AdamW")):
-        text = f"{title}: {demo.steps} steps on {demo.ranks} rank(s), checkpoint after {demo.save_at}"
+        text = f"{title}: {demo.steps} steps on {plural(demo.ranks, 'rank')}, checkpoint after {demo.save_at}"
         arguments = ["--optimizer", name, "--out", str(demo.out / name)]
         arguments += ["--steps", str(demo.steps), "--save-at", str(demo.save_at)]
         trainings.append(demo.stage(number, text, name, demo.ranks, *arguments))
@@ -113,19 +118,12 @@ def train_and_resume(demo: Demo) -> tuple[report.Results, report.Results, list[r
     resumed = []
     for number, ranks in ((3, 3), (4, 1)):
         note = resume_ranks_note(demo, ranks)
-        text = f"fresh processes load that checkpoint on {ranks} rank(s){note} and check it"
-        arguments = [*resume, "--check-only", *on_cpu(demo, ranks)]
-        resumed.append(demo.stage(number, text, f"check-{ranks}", ranks, *arguments))
+        text = f"fresh processes load that checkpoint on {plural(ranks, 'rank')}{note} and check it"
+        resumed.append(demo.stage(number, text, f"check-{ranks}", ranks, *resume, "--check-only"))
     last = min(demo.steps, demo.save_at + RESUMED_STEPS)
     text = f"3 ranks train on from it{resume_ranks_note(demo, 3)}, to step {last}"
-    arguments = [*resume, "--steps", str(last), *on_cpu(demo, 3)]
-    resumed.append(demo.stage(5, text, "resumed-3", 3, *arguments))
+    resumed.append(demo.stage(5, text, "resumed-3", 3, *resume, "--steps", str(last)))
     return trainings[0], trainings[1], resumed
-
-
-def on_cpu(demo: Demo, ranks: int) -> list[str]:
-    """The option that keeps a run off GPUs that are too few for it."""
-    return ["--device", "cpu"] if demo.gpus < ranks else []
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -158,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     common += ["--data", str(chosen.data)] if chosen.data else []
     demo = Demo(ranks, gpus, chosen.steps, chosen.out, tuple(common))
     chosen.out.mkdir(parents=True, exist_ok=True)
-    place = f"{gpus} GPU(s), NCCL" if gpus else "the CPU, gloo"
+    place = f"{plural(gpus, 'GPU')}, NCCL" if gpus else "the CPU, gloo"
     text = chosen.data or "the sources of Python's standard library"
     print(f"shard4bit demo: a byte-level GPT learns {text}, on {place}\n", flush=True)
     try:
@@ -166,6 +164,9 @@ def main(argv: list[str] | None = None) -> int:
     except DemoError as error:
         print(f"launch.demo: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("launch.demo: interrupted", file=sys.stderr)
+        return 130
     digests, same = report.digest_lines(ours, resumed[:2])
     print(f"{digests}\n\n{report.continuation_line(ours, resumed[2])}\n\n{report.table(ours, theirs)}\n")
     picture = chosen.out / "loss.png"

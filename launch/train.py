@@ -98,12 +98,13 @@ class Run:
     def evaluate(self) -> float:
         """The mean loss over held-out text, in nats/byte; the same text on any number of ranks."""
         want = self.settings
-        batches = -(-EVALUATION_ROWS // want.batch)
+        batch = max(32, want.batch)
+        batches = -(-EVALUATION_ROWS // batch)
         total = torch.zeros((), dtype=torch.float64)
         for i in range(batches):
-            rows = global_batch(self.corpus.validation, 0, i, want.batch, want.context)
+            rows = global_batch(self.corpus.validation, 0, i, batch, want.context)
             total += self._loss(rows).cpu()
-        return self.ranks.sum(total).item() / (batches * want.batch * want.context)
+        return self.ranks.sum(total).item() / (batches * batch * want.context)
 
     def digest(self) -> str | None:
         """Of parameters and optimizer states, where shard4bit knows how to compute it."""
@@ -117,9 +118,7 @@ class Run:
         begin = time.perf_counter()
         if self.settings.optimizer == "adamw4bit":
             root = self.settings.out / "checkpoints"
-            path = shard4bit.save(
-                root, self.model, self.optimizer, step=step, extra=self.identity
-            )
+            path = shard4bit.save(root, self.model, self.optimizer, step=step, extra=self.identity)
         else:
             path = self.settings.out / f"dcp-{step:010d}"
             parameters, states = get_state_dict(self.model, self.optimizer)

@@ -119,11 +119,13 @@ def digest(model: nn.Module, optimizer: QuantizedOptimizer | None = None) -> str
     """A hex digest of parameters, buffers and quantized states (with their step counts), from the live
     tensors, the same for every sharding and number of ranks; one flipped bit changes it. Collective.
     """
-    inventory = _everywhere(
-        "preparing a digest", lambda: Inventory(model, optimizer, parameters=True, frozen=True)
-    )
-    pieces = list(inventory.pieces(whole_units=False))
-    return _digest(pieces, [f"{k} {v.get('step')}" for k, v in inventory.facts().items()])
+
+    def collect() -> tuple[list[Piece], list[str]]:
+        inventory = Inventory(model, optimizer, parameters=True, frozen=True)
+        facts = [f"{k} {v['shape']} {v.get('step')}" for k, v in inventory.facts().items()]
+        return list(inventory.pieces(whole_units=False)), facts
+
+    return _digest(*_everywhere("preparing a digest", collect))
 
 
 def _everywhere(what: str, work: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,14 +36,23 @@ class Work:
     fresh: list[dict[str, Tensor]] = field(default_factory=list)
 
 
+class Works(list[Work]):
+    """Works of one rule and device. The same list comes again while nothing but values changes; a back end
+    may keep its tables for it in ``cache``."""
+
+    def __init__(self, works: Iterable[Work] = ()) -> None:
+        super().__init__(works)
+        self.cache: dict[str, Any] = {}
+
+
 class Backend(Protocol):
     """measure -> reduce -> apply. Implementations hold no state of the optimizer."""
 
-    def measure(self, rule: Rule, works: Sequence[Work]) -> None:
+    def measure(self, rule: Rule, works: Works) -> None:
         """Fill ``work.fresh`` with the statistics that apply cannot know from one pass."""
 
-    def apply(self, rule: Rule, works: Sequence[Work]) -> None:
-        """Update parameters, then store the new moments under their reduced statistics, in place."""
+    def apply(self, rule: Rule, works: Works) -> None:
+        """Update the parameters of active works and store their new moments under the reduced statistics."""
 
     def decode(self, moment: Moment) -> Tensor:
         """The moment's values, float32, dense (``slab.numel``,)."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shard4bit.checkpoint.manifest import Manifest
-from shard4bit.checkpoint.pieces import Piece, Rect
+from shard4bit.checkpoint.pieces import DTYPES, Piece, Rect
 from shard4bit.errors import CheckpointError
 from shard4bit.layout import Slab
 from shard4bit.optim.base import Bound, QuantizedOptimizer
@@ -64,10 +64,11 @@ class Inventory:
                 if frozen or param.requires_grad:
                     self.tensors[name] = (self._placed(name, param), param)
         if parameters and frozen:
-            persistent = set(model.state_dict(keep_vars=True))
+            persistent = {_plain(name) for name in model.state_dict(keep_vars=True)}
             for name, buffer in model.named_buffers():
-                if name in persistent:
+                if _plain(name) in persistent:
                     self.tensors[_plain(name)] = (place(buffer, name), buffer)
+        self._copies: list[tuple[Tensor, Tensor]] = []  # live tensors that are not dense, dense copies
 
     def _placed(self, name: str, param: Tensor) -> Placed:
         return self.bound[name].placed if name in self.bound else place(param, name)
@@ -75,14 +76,26 @@ class Inventory:
     def pieces(self, *, whole_units: bool) -> Iterator[Piece]:
         """This rank's pieces. ``whole_units``: with blocks that a column cut divides, which several
         ranks hold alike; otherwise they belong to the rank that has their first column."""
-        for name, (placed, _) in self.tensors.items():
-            yield from _pieces(f"model/{name}", placed.slab, placed.data(), _FULL, whole_units)
+        for name, (placed, tensor) in self.tensors.items():
+            if tensor.dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{name} has dtype {tensor.dtype}, which a checkpoint cannot hold; register a buffer "
+                    "that need not be saved with persistent=False"
+                )
+            yield from _pieces(f"model/{name}", placed.slab, self._dense(placed.data()), _FULL, whole_units)
         for name, bound in self.bound.items():
             for moment in bound.moments:
                 for part in parts(moment.spec):
                     key = f"state/{name}/{state_key(moment.name, part.suffix)}"
                     data, slab = moment.tensors[part.suffix], bound.placed.slab
                     yield from _pieces(key, slab, data, part, whole_units)
+
+    def _dense(self, data: Tensor) -> Tensor:
+        """The tensor itself if it is contiguous, else a copy, which ``adopt`` writes back."""
+        if data.is_contiguous():
+            return data
+        self._copies.append((data, data.contiguous()))
+        return self._copies[-1][1]
 
     def keys(self) -> set[str]:
         """All tensors, also those of which this rank holds nothing."""
@@ -119,6 +132,7 @@ class Inventory:
         return out
 
     def check_groups(self, saved: list[dict[str, Any]]) -> None:
+        """Raise ValueError unless the saved groups are of our parameters and have options that we take."""
         if self.optimizer is None:
             return
         theirs = [g["parameters"] for g in saved]
@@ -129,9 +143,13 @@ class Inventory:
                 f"optimizer of {[len(g) for g in ours]} or in another order: build the same groups, or "
                 "load with hyperparameters=False"
             )
+        for group, other in zip(self.optimizer.param_groups, saved, strict=True):
+            self.optimizer._check_group({**group, **other["options"]})
 
     def adopt(self, manifest: Manifest, hyperparameters: bool) -> None:
-        """Take step counts and options."""
+        """After the pieces were filled: take step counts and options."""
+        for data, dense in self._copies:
+            data.copy_(dense)
         for name, bound in self.bound.items():
             known = manifest.parameters.get(name, {})
             if "step" in known:
@@ -140,8 +158,8 @@ class Inventory:
             return
         for group, saved in zip(self.optimizer.param_groups, manifest.groups, strict=True):
             for key, value in saved["options"].items():
-                if isinstance(group.get(key), Tensor):
-                    group[key].fill_(value)
+                if isinstance(group.get(key), Tensor):  # perhaps one that several groups share
+                    group[key] = torch.full_like(group[key], value)
                 else:
                     group[key] = tuple(value) if isinstance(value, list) else value
 
@@ -168,11 +186,14 @@ def _pieces(key: str, slab: Slab, data: Tensor, part: Part, whole_units: bool) -
         first += 1  # the rank to the left writes the block that the cut divides
     if part.role in ("full", "units"):
         shape = (view.rows, -(-view.cols // unit))
+        if 0 in shape:
+            yield Piece(key, shape, Rect(0, shape[0], 0, shape[1]), data.new_empty(shape))
+            return
         matrix = data.reshape(slab.rows, -1) if data.numel() else data.new_empty(slab.rows, stop - first)
         matrix = matrix[:, matrix.shape[1] - (stop - first) :]
         for stored, row, count in slab.row_pieces():
             rect = Rect(row, row + count, first, stop)
-            if rect.area or 0 in shape:
+            if rect.area:
                 yield Piece(key, shape, rect, matrix[stored : stored + count])
     elif part.role == "rows":
         for stored, row, count in slab.row_pieces():

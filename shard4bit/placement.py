@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from shard4bit.comm import Group, TorchGroup
 from shard4bit.errors import LayoutError
-from shard4bit.layout import MatrixView, Neighbours, Range, Slab
+from shard4bit.layout import Neighbours, Range, Slab, matrix_view
 from shard4bit.state import Part
 
 
@@ -102,15 +103,25 @@ class _Sharding:
         sizes, offsets = chunks[0].sizes, chunks[0].offsets
         ends = zip(offsets, sizes, param.shape, strict=True)
         self.ranges: list[Range] = [(min(o, d), min(o, d) + n) for o, n, d in ends]
-        try:
-            self.slab = Slab.box(param.shape, self.ranges)
-        except ValueError as error:
-            raise LayoutError(f"{name} with placements {self.placements}: {error}") from None
+        self.view = matrix_view(param.shape)
+        self._check_columns()
+        self.slab = Slab.box(param.shape, self.ranges)
         assert tuple(to_local(param).shape) == self.slab.shape, (name, self.slab)
 
-    @property
-    def view(self) -> MatrixView:
-        return self.slab.view
+    def _check_columns(self) -> None:
+        """Refuse what would not give every rank one window of columns, by a rule that holds on all ranks
+        alike, those with an empty part too."""
+        view = self.view
+        dims = [self._sharded_dim(mesh_dim) for mesh_dim in range(self.mesh.ndim)]
+        cut = [mesh_dim for mesh_dim, dim in enumerate(dims) if dim is not None and dim >= view.split]
+        strided = any(not self.placements[mesh_dim].is_shard() for mesh_dim in cut)
+        gaps = any(size > 1 for mesh_dim in cut for size in view.shape[view.split : dims[mesh_dim]])
+        if len(cut) > 1 or strided or gaps:
+            raise LayoutError(
+                f"{self.name} of shape {view.shape}, with placements {self.placements}, has its columns "
+                f"(dimensions {tuple(range(view.split, len(view.shape)))}) cut twice or in strides: shard "
+                f"a dimension before them, or only dimension {view.split}, by one mesh dimension"
+            )
 
     def _sharded_dim(self, mesh_dim: int) -> int | None:
         """The tensor dimension that a mesh dimension of more than one rank shards."""
@@ -133,29 +144,9 @@ class _Sharding:
         return tuple(out)
 
     def _column_edges(self, mesh_dim: int, dim: int) -> tuple[int, ...]:
-        """Global column boundaries between the ranks of one mesh dimension."""
-        coordinate = self.mesh.get_coordinate()
-        start, stop = 0, self.view.shape[dim]
-        for earlier in range(mesh_dim + 1):
-            if self._sharded_dim(earlier) != dim:
-                continue
-            if not self.placements[earlier].is_shard():
-                raise LayoutError(
-                    f"{self.name}: placements {self.placements} shard columns in strides; shard a "
-                    "leading dimension, or shard the columns by one mesh dimension only"
-                )
-            edges = chunk_edges(start, stop, self.mesh.size(earlier))
-            if earlier < mesh_dim:
-                start, stop = edges[coordinate[earlier]], edges[coordinate[earlier] + 1]
-        inner, before = 1, 0
-        for d in range(len(self.view.shape) - 1, self.view.split - 1, -1):
-            if d < dim:
-                before += self.ranges[d][0] * inner
-            inner *= self.view.shape[d]
-        scale = 1
-        for size in self.view.shape[dim + 1 :]:
-            scale *= size
-        return tuple(before + e * scale for e in edges)
+        """Global column boundaries between the ranks of the mesh dimension that cuts the columns."""
+        edges = chunk_edges(0, self.view.shape[dim], self.mesh.size(mesh_dim))
+        return tuple(e * prod(self.view.shape[dim + 1 :]) for e in edges)
 
     def obstacle(self, part: Part) -> str | None:
         if part.role != "units":

@@ -1,6 +1,7 @@
 """The back end in plain torch, for any device: the definition of what every other one must compute.
 
-Works in chunks of rows, so that a step's memory is a few chunks, whatever the size of the model.
+Works in chunks of rows, or of one long row, so that a step's memory is a few chunks and the statistics
+of rows and columns, whatever the size of the model.
 Only single-rounding IEEE operations touch values, so chunks, threads and cuts cannot change a bit
 (sums of the factored moment excepted: they are taken in float64, whose error is far below an fp32 ulp).
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import lcm
 
 import torch
 from torch import Tensor
@@ -47,13 +49,22 @@ class Window:
         return flat[self.offset : self.offset + rows * cols].view(rows, cols)
 
 
-def _windows(rects: Sequence[Rect], limit: int) -> Iterator[Window]:
+def _windows(rects: Sequence[Rect], moments: Sequence[Moment], limit: int) -> Iterator[Window]:
+    """The rectangles in windows of about ``limit`` elements, which cut no block and no byte of codes of
+    ``moments`` that the rectangles do not cut."""
+    specs = [m.spec for m in moments]
+    blocks = [s.block_size for s in specs if isinstance(s, QuantSpec) and s.norm == "block"]
+    align = lcm(2, *blocks)
+    step = max(align, limit // align * align)
     for rect in rects:
         height = max(1, limit // rect.width)
+        cuts = range((rect.col0 // step + 1) * step, rect.col1, step) if rect.width > limit else ()
+        edges = [rect.col0, *cuts, rect.col1]
         for row0 in range(rect.row0, rect.row1, height):
             row1 = min(rect.row1, row0 + height)
             offset = rect.offset + (row0 - rect.row0) * rect.width
-            yield Window(row0, row1, rect.col0, rect.col1, offset)
+            for col0, col1 in zip(edges, edges[1:], strict=False):
+                yield Window(row0, row1, col0, col1, offset + col0 - rect.col0)
 
 
 def _pieces(moment: Moment, window: Window) -> list[Piece]:
@@ -213,8 +224,9 @@ def _store_blocks(moment: Moment, fresh: dict[str, Tensor], new: Tensor, window:
             absmax[rows, here] = fresh["absmax"][rows, here]
         else:
             absmax[rows, here] = normalize.settle(normalize.block_max(new, piece, window.col0))
-    inverse = normalize.inverse(absmax[rows])
-    normalize.scale_blocks(new, inverse, pieces, window.col0, first)
+    block0, stop = pieces[0].block, pieces[-1].block + pieces[-1].count
+    inverse = normalize.inverse(absmax[rows, block0 - first : stop - first])
+    normalize.scale_blocks(new, inverse, pieces, window.col0, block0)
 
 
 class ReferenceBackend:
@@ -232,9 +244,11 @@ class ReferenceBackend:
 
     def apply(self, rule: Rule, works: Sequence[Work]) -> None:
         for work in works:
+            if not work.active:
+                continue
             for moment, fresh in zip(work.moments, work.fresh, strict=True):
                 self._settle(moment, fresh, work)
-            for window in _windows(work.slab.rects(), _limit(work)):
+            for window in _windows(work.slab.rects(), work.moments, _limit(work)):
                 self._apply_window(rule, work, window)
             for moment, fresh in zip(work.moments, work.fresh, strict=True):
                 for stat in ("row_max", "col_max", "absmax"):
@@ -245,7 +259,7 @@ class ReferenceBackend:
         slab = moment.slab
         device = next(iter(moment.tensors.values())).device
         out = torch.zeros(slab.numel, dtype=torch.float32, device=device)
-        for window in _windows(slab.rects(), CPU_CHUNK):
+        for window in _windows(slab.rects(), [moment], CPU_CHUNK):
             if isinstance(moment.spec, Factored):
                 values = _factored_values(moment, window)
             else:
@@ -288,7 +302,7 @@ def _limit(work: Work) -> int:
 
 def _measured_windows(moment: Moment, work: Work) -> Iterator[Window]:
     """The windows that measure must read: all, or for blocks only the columns of cut blocks."""
-    windows = _windows(work.slab.rects(), _limit(work))
+    windows = _windows(work.slab.rects(), [moment], _limit(work))
     if not isinstance(moment.spec, QuantSpec) or moment.spec.norm != "block":
         yield from windows
         return

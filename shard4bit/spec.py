@@ -36,17 +36,21 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if self.norm not in _NORMS:
             raise ValueError(f"norm={self.norm!r}: expected one of {_NORMS}")
-        if self.mapping not in _MAPPINGS:
+        if not isinstance(self.mapping, str) or self.mapping not in _MAPPINGS:
             raise ValueError(f"mapping={self.mapping!r}: expected one of {tuple(_MAPPINGS)}")
-        if self.bits not in (4, 8):
+        if type(self.bits) is not int or self.bits not in (4, 8):
             raise ValueError(f"bits={self.bits!r}: expected 4 or 8")
-        if not isinstance(self.block_size, int) or self.block_size < 1:
+        if not isinstance(self.signed, bool):
+            raise ValueError(f"signed={self.signed!r}: expected True or False")
+        if type(self.block_size) is not int or self.block_size < 1:
             raise ValueError(f"block_size={self.block_size!r}: expected a positive integer")
         if self.signed and (self.norm == "rank1" or self.mapping != "de"):
             raise ValueError(
                 f"{self}: a signed moment needs norm 'block' or 'tensor' and mapping 'de'; "
                 "rank-1, DE-0 and Linear are for non-negative tensors"
             )
+        if self.norm != "block":  # of no meaning: specs of one name are equal
+            object.__setattr__(self, "block_size", 128)
 
     def __str__(self) -> str:
         norm = {"block": f"B{self.block_size}", "rank1": "Rank-1", "tensor": "Tensor"}[self.norm]

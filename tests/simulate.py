@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shard4bit.backend import Work
+from shard4bit.backend import Backend, Work, Works
 from shard4bit.comm import make_link, reduce
 from shard4bit.layout import Neighbours, Slab
 from shard4bit.maths.update import Rule
@@ -27,7 +27,7 @@ class ThreadGroup:
     log: list[tuple[int, bool]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.barrier = threading.Barrier(self.size, timeout=30)
+        self.barrier = threading.Barrier(self.size, timeout=5)
         self.slots: list[Tensor] = []
         self.lock = threading.Lock()
 
@@ -73,6 +73,7 @@ class Rank:
     param: Tensor
     moments: list[Moment]
     links: tuple[Any, ...]
+    backend: Backend = field(default_factory=ReferenceBackend)
 
     @staticmethod
     def make(
@@ -92,11 +93,11 @@ class Rank:
         work = Work(
             self.slab, self.moments, self.param, grad, scalars, links=self.links, active=grad is not None
         )
-        backend = ReferenceBackend()
-        backend.measure(rule, [work])
-        reduce([work])
+        works = Works([work])
+        self.backend.measure(rule, works)
+        reduce(works)
         if work.active:
-            backend.apply(rule, [work])
+            self.backend.apply(rule, works)
 
 
 def take(whole: Tensor, slab: Slab) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from shard4bit.layout import Neighbours, Slab
 from shard4bit.maths.update import ADAMW, SGD
+from shard4bit.reference import ReferenceBackend
 from shard4bit.spec import parse_spec
 from shard4bit.state import parts, state_key
 from tests.simulate import Rank, ThreadGroup, assemble, in_threads, take
@@ -104,18 +107,28 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
 
 
-def run(rule: Any, problem: dict[str, Any], specs: list[Any], scalars: Any, steps: int = 4) -> None:
-    """Step the whole matrix and its cut side by side and compare everything after each step."""
+def run(
+    rule: Any,
+    problem: dict[str, Any],
+    specs: list[Any],
+    scalars: Any,
+    steps: int = 4,
+    backend: Callable[[], Any] = ReferenceBackend,
+) -> None:
+    """Step the whole matrix (by the reference) and its cut (by ``backend``) side by side and compare
+    everything after each step."""
     names, shape = rule.moments, problem["shape"]
     rng = np.random.default_rng(problem["seed"])
     start = torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).to(problem["dtype"])
     whole = Rank.make(Slab.whole(shape), start, names, specs, [])
     ranks = [Rank.make(slab, start, names, specs, near) for slab, near in cut(problem)]
+    for rank in ranks:
+        rank.backend = backend()
     assert sum(r.slab.numel for r in ranks) == start.numel()
     for step in range(1, steps + 1):
         grad, h = gradient(problem, step), scalars(step)
         whole.step(rule, grad, h)
-        in_threads([lambda r=r: r.step(rule, grad, h) for r in ranks])  # type: ignore[misc]
+        in_threads([partial(r.step, rule, grad, h) for r in ranks])
         for rank in ranks:
             assert torch.equal(bits(rank.param), bits(take(whole.param.view(shape), rank.slab))), step
         for moment in whole.moments:
@@ -164,7 +177,7 @@ def test_factored_is_the_same_up_to_the_order_of_sums(problem: dict[str, Any]) -
     for step in range(1, 5):
         grad, h = gradient(problem, step), adamw_scalars(step)
         whole.step(ADAMW, grad, h)
-        in_threads([lambda r=r: r.step(ADAMW, grad, h) for r in ranks])  # type: ignore[misc]
+        in_threads([partial(r.step, ADAMW, grad, h) for r in ranks])
     for suffix in ("row_mean", "col_mean", "mean"):
         expected = whole.moments[1].tensors[suffix]
         found = assemble(ranks, f"exp_avg_sq_{suffix}").reshape(expected.shape)

@@ -1,7 +1,7 @@
 """Make the checkout's virtual environment: python3 tools/make_env.py .venv
 
-Where the base interpreter already has torch (a GPU machine), the environment sees all of the base
-interpreter's packages and only what is missing is installed; torch never is. Elsewhere torch is
+Where the base interpreter has torch 2.11 or newer (a GPU machine), the environment sees all of the
+base interpreter's packages and only what is missing is installed; torch never is. Elsewhere torch is
 installed first, pinned, so that no later range pulls in another build, and then every pinned
 package. It is no error if nothing can be downloaded as long as what the demo imports is there.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = "torch==2.13.0"
 REQUIREMENTS = ROOT / "requirements-dev.txt"
+NEW_ENOUGH = "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 11)"
 FOR_DEMO = ["torch", "numpy", "safetensors", "xxhash", "tqdm", "matplotlib"]
 MODULE_OF = {"pytest-timeout": "pytest_timeout"}  # where the import name is not the package's
 
@@ -26,7 +27,11 @@ def fail(message):
 
 def has(python, *modules):
     """Say whether the interpreter at path `python` can import all of the modules."""
-    code = "import " + ", ".join(modules)
+    return runs(python, "import " + ", ".join(modules))
+
+
+def runs(python, code):
+    """Say whether the interpreter at path `python` runs a line of code without an error."""
     return subprocess.run([str(python), "-c", code], capture_output=True).returncode == 0
 
 
@@ -69,7 +74,7 @@ def missing(python):
 
 def main():
     """Bring the environment named by the first argument up to date."""
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036  (make may find an older one)
         fail(
             f"Python 3.10 or newer is needed, {sys.executable} is {sys.version.split()[0]}; "
             "name another with 'make PYTHON=/path/to/python3 env'"
@@ -78,7 +83,7 @@ def main():
     if Path(sys.prefix).resolve() == venv.resolve():  # called from inside the environment itself
         outer = os.path.join(sys.base_prefix, "bin", "python3")
         os.execv(outer, [outer, *sys.argv])
-    base_has_torch = has(sys.executable, "torch")
+    base_has_torch = runs(sys.executable, NEW_ENOUGH)
     python = create(venv)
     link(python, "shard4bit-checkout", [ROOT])
     if base_has_torch:
@@ -89,11 +94,14 @@ def main():
     else:
         print(f"make env: installing {TORCH} and the packages of {REQUIREMENTS.name} (minutes)")
         installed = pip(python, TORCH, "numpy") and pip(python, "-r", str(REQUIREMENTS))
-    if not installed and not has(python, *FOR_DEMO):
-        fail("packages could not be installed, and without them the demo does not run")
-    if not installed:
-        print("make env: warning: not everything could be installed; the demo runs, but some of")
-        print("make env: warning: the checks may not: " + ", ".join(missing(python)))
+    if installed:
+        return
+    if not has(python, *FOR_DEMO):
+        lacking = [x for x in FOR_DEMO if not has(python, x)]
+        fail("these could not be installed, and the demo needs them: " + ", ".join(lacking))
+    names = dict.fromkeys(line.split("==")[0] for line in missing(python))
+    print("make env: warning: not everything could be installed. The demo runs, but the checks and")
+    print("make env: warning: tests that need one of these do not: " + ", ".join(names))
 
 
 if __name__ == "__main__":

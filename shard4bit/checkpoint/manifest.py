@@ -139,9 +139,10 @@ def _parse(body: dict[str, Any]) -> Manifest:
         if Path(name).name != name or name.startswith("."):
             raise CheckpointError(f"file name {name!r} leaves the checkpoint's directory")
         _count(size)
+    _check_facts(body)
     return Manifest(
-        step=body["step"],
-        world_size=body["world_size"],
+        step=_count(body["step"]),
+        world_size=_count(body["world_size"]),
         tensors=tensors,
         files=body["files"],
         parameters=body["parameters"],
@@ -149,6 +150,20 @@ def _parse(body: dict[str, Any]) -> Manifest:
         content=body["content"],
         extra=body["extra"],
     )
+
+
+def _check_facts(body: dict[str, Any]) -> None:
+    """What is said of parameters and groups must be of the types that loading relies on."""
+    for what in ("parameters", "frozen", "optimizer"):
+        if not isinstance(body["content"][what], bool):
+            raise ValueError(f"content {what!r} is {body['content'][what]!r}")
+    for fact in body["parameters"].values():
+        _count(fact.get("step", 0))
+        if not isinstance(fact["shape"], list) or not isinstance(fact.get("moments", {}), dict):
+            raise ValueError(f"expected a shape and moments, got {fact!r}")
+    for group in body["groups"]:
+        if not isinstance(group["parameters"], list) or not isinstance(group["options"], dict):
+            raise ValueError(f"expected a group of parameters and options, got {group!r}")
 
 
 def _count(value: Any) -> int:

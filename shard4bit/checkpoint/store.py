@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shard4bit.checkpoint.files import file_name, read_rect, write_file
 from shard4bit.checkpoint.manifest import NAME, Entry, Manifest, TensorInfo, read_manifest
-from shard4bit.checkpoint.pieces import Piece, Rect, check_unique, holding, owned
+from shard4bit.checkpoint.pieces import Holding, Piece, Rect, check_unique, holding, owned
 from shard4bit.checkpoint.ranks import together, world
 from shard4bit.errors import CheckpointError
 
@@ -49,21 +49,22 @@ def write(root: Path, pieces: Sequence[Piece], about: Manifest) -> Path:
     rank, _ = world()
     final = root / step_name(about.step)
 
-    def prepare() -> tuple[Any, str | None]:
+    def prepare() -> Holding:
         check_unique(pieces)
-        return holding(pieces), _make_directory(root, final) if rank == 0 else None
+        return holding(pieces)
 
-    prepared = together(f"preparing {final}", prepare)
-    hidden = root / str(prepared[0][1])
+    holdings = together(f"preparing {final}", prepare)
+    made = together(f"preparing {final}", lambda: _make_directory(root, final) if rank == 0 else "")
+    hidden = root / made[0]
     try:
-        mine = together(f"planning {final}", lambda: owned([h for h, _ in prepared], rank))[rank]
+        mine = together(f"planning {final}", lambda: owned(holdings, rank))[rank]
         written = together(
             f"writing {final}",
             lambda: write_file(hidden / file_name(rank), [p for p in pieces if (p.key, p.rect) in mine]),
         )
         together(
             f"publishing {final}",
-            lambda: _publish(hidden, final, pieces, prepared, written, about) if rank == 0 else None,
+            lambda: _publish(hidden, final, holdings, written, about) if rank == 0 else None,
         )
     finally:
         if rank == 0 and hidden.exists():
@@ -83,8 +84,7 @@ def _make_directory(root: Path, final: Path) -> str:
 def _publish(
     hidden: Path,
     final: Path,
-    pieces: Sequence[Piece],
-    prepared: Sequence[tuple[Any, Any]],
+    holdings: Sequence[Holding],
     written: Sequence[tuple[int, dict[str, list[Entry]]]],
     about: Manifest,
 ) -> None:
@@ -97,9 +97,9 @@ def _publish(
             )
         about.files[path.name] = size
         for key, found in entries.items():
-            dtype, shape, _ = prepared[rank][0][key]
+            dtype, shape, _ = holdings[rank][key]
             about.tensors.setdefault(key, TensorInfo(dtype, shape)).entries += found
-    for held, _ in prepared:  # tensors without elements
+    for held in holdings:  # tensors without elements
         for key, (dtype, shape, _) in held.items():
             about.tensors.setdefault(key, TensorInfo(dtype, shape))
     with open(hidden / NAME, "xb") as out:

@@ -25,7 +25,7 @@ def unpack_values(codes: Tensor, byte0: int, col0: int, col1: int, table: Codec)
     if table.pairs is None:
         return decode(window, table)
     flat = torch.index_select(table.pairs, 0, window.reshape(-1).int())
-    values = flat.view(torch.float32).view(window.shape[0], -1)
+    values = flat.view(torch.float32).view(window.shape[0], 2 * window.shape[1])
     skip = col0 % 2
     return values[:, skip : skip + col1 - col0]
 
@@ -36,7 +36,7 @@ def unpack_codes(codes: Tensor, byte0: int, col0: int, col1: int, bits: int) -> 
     window = codes[:, first - byte0 : stop - byte0]
     if bits == 8:
         return window
-    both = torch.stack([window & 15, window >> 4], -1).view(window.shape[0], -1)
+    both = torch.stack([window & 15, window >> 4], -1).view(window.shape[0], 2 * window.shape[1])
     skip = col0 % 2
     return both[:, skip : skip + col1 - col0]
 
@@ -46,6 +46,8 @@ def pack_codes(codes: Tensor, byte0: int, col0: int, col1: int, new: Tensor, bit
 
     The other nibble of a byte at a cut belongs to another rank and gets 0.
     """
+    if new.numel() == 0:
+        return
     first, stop = packed_window(col0, col1, bits)
     window = codes[:, first - byte0 : stop - byte0]
     if bits == 8:

@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from shard4bit.backend import Work
-from shard4bit.comm import Link, make_link, reduce
+from shard4bit.comm import make_link
 from shard4bit.dispatch import backend_for
 from shard4bit.errors import LayoutError, StateError
-from shard4bit.maths.update import Rule, Scalars
+from shard4bit.maths.update import Rule
 from shard4bit.optim import loading, validate
+from shard4bit.optim.stepping import Bound, StepPlan
 from shard4bit.placement import Placed, place, to_local
 from shard4bit.spec import Full, MomentSpec, is_quantized, parse_spec
 from shard4bit.state import Moment, parts, state_key
-
-
-@dataclass
-class Bound:
-    """One parameter with its place, its state on this rank, and what it shares with other ranks."""
-
-    param: Tensor
-    placed: Placed
-    rule: Rule
-    moments: list[Moment]
-    links: tuple[Link, ...]
-    step: Tensor  # 0-d float32 on the CPU: updates so far
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The whole parameter's shape."""
-        return self.placed.slab.view.shape
 
 
 class QuantizedOptimizer(torch.optim.Optimizer):
@@ -49,8 +32,14 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     _spec_options: ClassVar[Mapping[str, tuple[str, bool]]]
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
-        self._bound: dict[Tensor, list[Bound]] = {}
+        self._forget()
         super().__init__(params, defaults)  # type: ignore[arg-type]
+
+    def _forget(self) -> None:
+        """Nothing is bound; states in ``self.state`` will be taken up again."""
+        self._bound: dict[Tensor, list[Bound]] = {}
+        self._steps = torch.zeros(0)
+        self._plans: dict[Any, StepPlan] = {}
 
     # ---- what a subclass says -------------------------------------------------------------------
 
@@ -85,7 +74,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._bound = {}
+        self._forget()
 
     # ---- binding --------------------------------------------------------------------------------
 
@@ -93,9 +82,10 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         """Where a parameter lies; an engine's adapter may answer for several in one flat tensor."""
         return [place(param, name)]
 
-    def bind(self) -> list[Bound]:
+    def bind(self, frozen: Set[Tensor] = frozenset()) -> list[Bound]:
         """Make the layouts and states that are missing; collective on sharded parameters.
 
+        frozen: parameters to bind although they require no gradient; those with a state always are.
         Returns what is bound, in the order of the groups. Raises LayoutError, on all ranks, for
         parameters that cannot be served.
         """
@@ -105,16 +95,28 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 f"param_groups[{index}]['params'][{i}]" for i in range(len(group["params"]))
             ]
             for param, name in zip(group["params"], names, strict=True):
-                if param.requires_grad and param not in self._bound:
+                wanted = param.requires_grad or param in frozen or self.state.get(param)
+                if wanted and param not in self._bound:
                     self._bound[param] = [
                         self._bind(param, placed, group) for placed in self._place(param, name)
                     ]
                 out += self._bound.get(param, [])
+        if len(self._steps) != sum(map(len, self._bound.values())):
+            self._gather_steps()
         return out
+
+    def _gather_steps(self) -> None:
+        """Make all step counts elements of one vector, so that a step reads and advances it at once."""
+        every = [bound for found in self._bound.values() for bound in found]
+        self._steps = torch.stack([bound.step for bound in every])
+        self._plans.clear()
+        for row, bound in enumerate(every):
+            bound.row, bound.step = row, self._steps[row]
+            self.state[bound.param][bound.placed.prefix + "step"] = bound.step
 
     def _bind(self, param: Tensor, placed: Placed, group: Mapping[str, Any]) -> Bound:
         slab, shape = placed.slab, placed.slab.view.shape
-        rule, state = self._rule(group), self.state[param]
+        rule = self._rule(group)
         device = placed.data().device
         if device.type == "meta":
             raise LayoutError(
@@ -124,6 +126,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         moments = [Moment.zeros(name, self._spec(name, group, shape), slab, device) for name in rule.moments]
         specs = [m.spec for m in moments]
         links = tuple(make_link(g, n, slab, specs) for g, n in placed.neighbours)
+        state = self.state[param]
         step_key = placed.prefix + "step"
         step = state.setdefault(step_key, torch.zeros((), dtype=torch.float32))
         for moment in moments:
@@ -133,7 +136,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                     moment.tensors[part.suffix] = to_local(state[key])
                 else:
                     state[key] = placed.wrap(moment.tensors[part.suffix], part)
-        return Bound(param, placed, rule, moments, links, step)
+        work = Work(slab, moments, placed.data(), None, {}, links=links)
+        return Bound(param, placed, rule, moments, links, step, -1, work)
 
     # ---- step -----------------------------------------------------------------------------------
 
@@ -149,48 +153,18 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.bind()
-        failure: BaseException | None = None
-        works: list[tuple[Bound, Work]] = []
-        for group in self.param_groups:
-            scalars = _PerStep(group)
-            for param in group["params"]:
-                for bound in self._bound.get(param, ()):
-                    try:
-                        self._check_rule(bound, group)
-                        grad = _gradient(bound)
-                    except ValueError as error:
-                        failure, grad = failure or error, None
-                    if grad is not None or bound.links:
-                        works.append((bound, _work(bound, group, grad, scalars)))
-        self._run(works, failure)
+        self._plan().run()
         return loss
 
-    def _check_rule(self, bound: Bound, group: Mapping[str, Any]) -> None:
-        lacking = set(self._rule(group).moments) - set(bound.rule.moments)
-        if lacking:
-            raise ValueError(
-                f"a group's options now need {sorted(lacking)}, which its parameters were bound without "
-                "(momentum was 0): build a new optimizer"
-            )
-
-    def _run(self, works: list[tuple[Bound, Work]], failure: BaseException | None) -> None:
-        """measure -> reduce -> apply."""
-        if failure is None:
-            try:
-                for rule, batch in _batches(works):
-                    backend_for(batch[0].param.device).measure(rule, batch)
-            except Exception as error:  # the other ranks must hear of it before it is raised
-                failure = error
-        reduce([work for _, work in works], failure)
-        active = [(bound, work) for bound, work in works if work.active]
-        for rule, batch in _batches(active):
-            backend_for(batch[0].param.device).apply(rule, batch)
-        for bound, work in active:
-            bound.step += 1
-            data = bound.placed.data()
-            if work.param.data_ptr() != data.data_ptr():
-                data.copy_(work.param)
+    def _plan(self) -> StepPlan:
+        """The plan of the parameters now in the groups (ZeRO steps one group at a time)."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        key = (tuple(map(id, params)), tuple(p.requires_grad for p in params))
+        if key not in self._plans:
+            self.bind()
+            members = [(b, g) for g in self.param_groups for p in g["params"] for b in self._bound.get(p, ())]
+            self._plans[key] = StepPlan(members, self._steps, self._rule)
+        return self._plans[key]
 
     # ---- reading and state_dict -----------------------------------------------------------------
 
@@ -229,71 +203,28 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         changed. (torch's own would cast codes and scales to the parameter's dtype.)
         """
         self.bind()
-        state_dict = dict(state_dict)
+        state_dict = loading.shallow_copy(state_dict)
         for hook in list(self._optimizer_load_state_dict_pre_hooks.values()):
             state_dict = hook(self, state_dict) or state_dict
         saved_groups = loading.checked_groups(self, state_dict)
-        copies: list[tuple[Tensor, Tensor]] = []
         ids = [i for g in saved_groups for i in g["params"]]
         params = [p for g in self.param_groups for p in g["params"]]
-        for saved_id, param in zip(ids, params, strict=True):
-            if param in self._bound:
-                found = state_dict["state"].get(saved_id)
-                copies += loading.matched(self.state[param], found, f"parameter {saved_id}")
+        found = {p: state_dict["state"].get(i) for i, p in zip(ids, params, strict=True)}
+        frozen = {p for p in params if found[p] and p not in self._bound}
+        self.bind(frozen)
+        copies: list[tuple[Tensor, Tensor]] = []
+        try:
+            for saved_id, param in zip(ids, params, strict=True):
+                if param in self._bound:
+                    copies += loading.matched(self.state[param], found[param], f"parameter {saved_id}")
+        except StateError:
+            for param in frozen:
+                del self._bound[param], self.state[param]
+            self.bind()
+            raise
         for target, source in copies:
             target.copy_(source)
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
             loading.adopt_options(group, saved)
         for post_hook in list(self._optimizer_load_state_dict_post_hooks.values()):
             post_hook(self)
-
-
-class _PerStep:
-    """A group's scalars by step count; parameters of one group mostly share it."""
-
-    def __init__(self, group: Mapping[str, Any]) -> None:
-        self.group = group
-        self.known: dict[int, Scalars] = {}
-
-    def at(self, rule: Rule, step: int) -> Scalars:
-        if step not in self.known:
-            self.known[step] = rule.scalars(self.group, step)
-        return self.known[step]
-
-
-def _gradient(bound: Bound) -> Tensor | None:
-    """This rank's gradient, checked and dense."""
-    grad = bound.placed.grad()
-    if grad is None:
-        return None
-    data = bound.placed.data()
-    validate.gradient(grad, data, f"parameter of shape {bound.shape}")
-    for tensor in bound.moments[0].tensors.values() if bound.moments else ():
-        if tensor.device != data.device:
-            raise StateError(
-                f"a parameter of shape {bound.shape} moved to {data.device} after its state was made on "
-                f"{tensor.device}: move the model before building the optimizer"
-            )
-    return grad.contiguous()
-
-
-def _work(bound: Bound, group: Mapping[str, Any], grad: Tensor | None, scalars: _PerStep) -> Work:
-    return Work(
-        slab=bound.placed.slab,
-        moments=bound.moments,
-        param=bound.placed.data().contiguous(),
-        grad=grad,
-        scalars=scalars.at(bound.rule, int(bound.step.item()) + 1),
-        maximize=group["maximize"],
-        links=bound.links,
-        active=grad is not None,
-    )
-
-
-def _batches(works: list[tuple[Bound, Work]]) -> list[tuple[Rule, list[Work]]]:
-    """Works by rule and device, in order."""
-    out: dict[tuple[str, int, torch.device], tuple[Rule, list[Work]]] = {}
-    for bound, work in works:
-        key = (bound.rule.name, len(bound.rule.moments), work.param.device)
-        out.setdefault(key, (bound.rule, []))[1].append(work)
-    return list(out.values())

@@ -15,13 +15,27 @@ from shard4bit.placement import is_dtensor, to_local
 SPEC_OPTIONS = ("quantize", "first_moment", "second_moment", "momentum_buffer")
 
 
-def checked_groups(optimizer: torch.optim.Optimizer, state_dict: Any) -> list[dict[str, Any]]:
+def shallow_copy(state_dict: Any) -> dict[str, Any]:
+    """A copy that hooks may edit; StateError for what is no dictionary."""
+    if not isinstance(state_dict, Mapping):
+        raise StateError(f"expected a state_dict, got {type(state_dict).__name__}")
+    return dict(state_dict)
+
+
+def checked_groups(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The saved groups, if they fit the optimizer's; StateError otherwise."""
-    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
+    states, groups = state_dict.get("state"), state_dict.get("param_groups")
+    if not (
+        isinstance(states, Mapping)
+        and all(isinstance(state, Mapping) for state in states.values())
+        and isinstance(groups, list)
+        and all(isinstance(group, Mapping) and "params" in group for group in groups)
+    ):
         raise StateError(
-            f"expected a state_dict with 'state' and 'param_groups', got {type(state_dict).__name__}"
+            "expected a state_dict of an optimizer, with 'state' and 'param_groups', got one with "
+            f"{sorted(map(str, state_dict))[:5]}"
         )
-    saved, own = deepcopy(state_dict["param_groups"]), optimizer.param_groups
+    saved, own = deepcopy(groups), optimizer.param_groups
     sizes = [len(g["params"]) for g in saved], [len(g["params"]) for g in own]
     if sizes[0] != sizes[1]:
         raise StateError(
@@ -53,8 +67,10 @@ def matched(
     out = []
     for key, target in own.items():
         source = saved[key]
+        if isinstance(source, int | float):
+            source = torch.tensor(source, dtype=target.dtype)
         if not isinstance(source, Tensor):
-            source = torch.as_tensor(source, dtype=target.dtype)
+            raise StateError(f"{what}: {key} is a {type(source).__name__} in the saved state, not a tensor")
         if source.shape != target.shape or (source.dtype != target.dtype and key != "step"):
             raise StateError(
                 f"{what}: {key} is {source.dtype} {tuple(source.shape)} in the saved state, expected "

@@ -80,9 +80,7 @@ def integers(seed: int, shape: tuple[int, ...], low: int, high: int) -> Array:
     return (hashed(seed, shape) % np.uint64(high - low + 1)).astype(np.int64) + low
 
 
-def noise(
-    seed: int, shape: tuple[int, ...], top: int = 0, spread: int = 8, distinct: int = 0
-) -> Array:
+def noise(seed: int, shape: tuple[int, ...], top: int = 0, spread: int = 8, distinct: int = 0) -> Array:
     """Signed values of four significant bits in about 2**(top-spread) .. 2**top.
 
     With `distinct`, only so many rows differ and the rest repeat them in an irregular order: the
@@ -174,9 +172,7 @@ CASES = {
         "adamw", (33, 129), plain(800, 4, 22), ADAMW | {"lr": 2e-2}, M4, V4_RANK1, "bfloat16"
     ),
     "adamw_8bit": Case("adamw", (20, 300), plain(900, 3, 6), ADAMW, M8, V8),
-    "adamw_de0": Case(
-        "adamw", (33, 129), plain(1000, 3, 12), ADAMW | {"maximize": True}, M4, V4_DE0
-    ),
+    "adamw_de0": Case("adamw", (33, 129), plain(1000, 3, 12), ADAMW | {"maximize": True}, M4, V4_DE0),
     "adamw_ties": Case(
         "adamw",
         (33, 129),
@@ -185,12 +181,8 @@ CASES = {
         M4,
         V4_RANK1,
     ),
-    "adamw_decades": Case(
-        "adamw", (33, 129), decades, ADAMW | {"betas": (0.9, 0.999)}, M4, V4_RANK1
-    ),
-    "adamw_subnormal": Case(
-        "adamw", (33, 129), subnormals, ADAMW | {"betas": (0.5, 0.25)}, M4, V4_RANK1
-    ),
+    "adamw_decades": Case("adamw", (33, 129), decades, ADAMW | {"betas": (0.9, 0.999)}, M4, V4_RANK1),
+    "adamw_subnormal": Case("adamw", (33, 129), subnormals, ADAMW | {"betas": (0.5, 0.25)}, M4, V4_RANK1),
     "adamw_nonfinite": Case("adamw", (33, 129), nonfinite, ADAMW, M4, V4_RANK1),
     "sgd_nesterov": Case("sgd", (40, 130), plain(1100, 3, 14), SGD, M4),
     "sgd_dampening_tensor": Case(

@@ -1,0 +1,1 @@
+"""The CUDA back end: fused kernels compiled by CuPy on first use."""

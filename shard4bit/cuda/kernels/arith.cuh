@@ -1,0 +1,148 @@
+// Arithmetic of the kernels: one IEEE fp32 rounding per call, gradual underflow, no contraction.
+//
+// CuPy compiles with -ftz=true and multiply-adds fused; instructions written out with their rounding
+// mode are left alone. Under the CPU emulator (CUSIM) plain C with -ffp-contract=off gives the same bits.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef int i32;
+typedef long long i64;
+
+#define DEVICE __device__ __forceinline__
+#define FULL_MASK 0xffffffffu
+#define CANONICAL_NAN 0x7fc00000
+#define TINY 1.17549435e-38f  // 2^-126: smaller statistics are stored as 0
+
+#ifdef CUSIM
+DEVICE float mul(float a, float b) { return a * b; }
+DEVICE float add(float a, float b) { return a + b; }
+DEVICE float sub(float a, float b) { return a - b; }
+DEVICE float divide(float a, float b) { return a / b; }
+DEVICE float root(float a) { return sqrtf(a); }
+DEVICE float fma_near(float a, float b, float c) { return fmaf(a, b, c); }
+DEVICE float fma_down(float a, float b, float c) { return cusim_fma_rd(a, b, c); }
+DEVICE float fma_up(float a, float b, float c) { return cusim_fma_ru(a, b, c); }
+DEVICE float max_or_nan(float a, float b) {
+  return a != a || b != b ? __uint_as_float(0x7fffffffu) : a > b ? a : b;
+}
+DEVICE float min_or_nan(float a, float b) {
+  return a != a || b != b ? __uint_as_float(0x7fffffffu) : a < b ? a : b;
+}
+DEVICE float max_number(float a, float b) { return a != a ? b : b != b ? a : a > b ? a : b; }
+DEVICE float min_number(float a, float b) { return a != a ? b : b != b ? a : a < b ? a : b; }
+DEVICE float magnitude(float a) { return __uint_as_float(__float_as_uint(a) & 0x7fffffffu); }
+DEVICE float root_in_range(float a) { return sqrtf(a); }
+DEVICE float divide_in_range(float a, float b) { return a / b; }
+DEVICE float to_float(double a) { return (float)a; }
+#else
+#define BINARY(name, op)                                              \
+  DEVICE float name(float a, float b) {                               \
+    float r;                                                          \
+    asm(op " %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));                \
+    return r;                                                         \
+  }
+#define TERNARY(name, op)                                             \
+  DEVICE float name(float a, float b, float c) {                      \
+    float r;                                                          \
+    asm(op " %0, %1, %2, %3;" : "=f"(r) : "f"(a), "f"(b), "f"(c));    \
+    return r;                                                         \
+  }
+BINARY(mul, "mul.rn.f32")
+BINARY(add, "add.rn.f32")
+BINARY(sub, "sub.rn.f32")
+BINARY(divide, "div.rn.f32")
+BINARY(max_or_nan, "max.NaN.f32")
+BINARY(min_or_nan, "min.NaN.f32")
+BINARY(max_number, "max.f32")
+BINARY(min_number, "min.f32")
+TERNARY(fma_near, "fma.rn.f32")
+TERNARY(fma_down, "fma.rm.f32")
+TERNARY(fma_up, "fma.rp.f32")
+#define UNARY(name, op)                        \
+  DEVICE float name(float a) {                 \
+    float r;                                   \
+    asm(op " %0, %1;" : "=f"(r) : "f"(a));     \
+    return r;                                  \
+  }
+UNARY(root, "sqrt.rn.f32")
+UNARY(magnitude, "abs.f32")
+UNARY(root_guess, "rsqrt.approx.f32")
+UNARY(reciprocal_guess, "rcp.approx.ftz.f32")
+
+DEVICE float to_float(double a) {
+  float r;
+  asm("cvt.rn.f32.f64 %0, %1;" : "=f"(r) : "d"(a));
+  return r;
+}
+
+// The same bits as root() for a in [LEAST_RADICAND, MOST], without its checks.
+DEVICE float root_in_range(float a) {
+  float guess = root_guess(a);
+  float r = mul(a, guess);
+  return fma_near(fma_near(-r, r, a), mul(guess, 0.5f), r);
+}
+
+// The same bits as divide() for |a| in [LEAST_NUMERATOR, MOST] and b in [2^-50, 2^35], without its checks.
+DEVICE float divide_in_range(float a, float b) {
+  float guess = reciprocal_guess(b);
+  guess = fma_near(fma_near(-b, guess, 1.0f), guess, guess);
+  float q = mul(a, guess);
+  q = fma_near(fma_near(-b, q, a), guess, q);
+  return fma_near(fma_near(-b, q, a), guess, q);
+}
+#endif
+
+// Ranges in which the unchecked root and quotient round correctly: no remainder underflows.
+#define LEAST_RADICAND 7.8886091e-31f   // 2^-100
+#define LEAST_NUMERATOR 8.2718061e-25f  // 2^-80
+#define MOST 1.0995116e+12f             // 2^40, of both
+
+DEVICE bool is_nan(float a) { return (__float_as_uint(a) & 0x7fffffffu) > 0x7f800000u; }
+
+// A maximum as it is stored.
+DEVICE float settle(float stat) {
+  if (is_nan(stat)) return __uint_as_float(CANONICAL_NAN);
+  return __float_as_uint(stat) < 0x00800000u ? 0.0f : stat;
+}
+
+// 1/scale; NaN for a zero scale, which gives code 0.
+DEVICE float inverse(float scale) {
+  return scale == 0.0f ? __uint_as_float(CANONICAL_NAN) : divide(1.0f, scale);
+}
+
+#ifdef CUSIM
+DEVICE uint4 load16(u64 at) { return *(const uint4*)at; }
+DEVICE u32 load4(u64 at) { return *(const u32*)at; }
+DEVICE float load_float(u64 at) { return *(const float*)at; }
+DEVICE void store16(u64 at, uint4 x) { *(uint4*)at = x; }
+DEVICE void store4(u64 at, u32 x) { *(u32*)at = x; }
+DEVICE void store_float(u64 at, float x) { *(float*)at = x; }
+#else
+// Explicitly global: a pointer out of a table would be accessed generically.
+DEVICE uint4 load16(u64 at) {
+  uint4 x;
+  asm("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(at));
+  return x;
+}
+DEVICE u32 load4(u64 at) {
+  u32 x;
+  asm("ld.global.u32 %0, [%1];" : "=r"(x) : "l"(at));
+  return x;
+}
+DEVICE float load_float(u64 at) {
+  float x;
+  asm("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(at));
+  return x;
+}
+DEVICE void store16(u64 at, uint4 x) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w));
+}
+DEVICE void store4(u64 at, u32 x) { asm volatile("st.global.u32 [%0], %1;" ::"l"(at), "r"(x)); }
+DEVICE void store_float(u64 at, float x) { asm volatile("st.global.f32 [%0], %1;" ::"l"(at), "f"(x)); }
+#endif
+
+DEVICE i32 smaller(i32 a, i32 b) { return a < b ? a : b; }
+DEVICE i32 larger(i32 a, i32 b) { return a > b ? a : b; }

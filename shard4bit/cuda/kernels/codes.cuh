@@ -1,0 +1,70 @@
+// Four-bit codes: the signed dynamic-exponent map (first moment) and the unsigned linear map without
+// zero (second moment). Include after arith.cuh.
+#pragma once
+
+// Host-made tables of the signed map. A value y in [-1, 1] falls into the bin floor(63 y) (modulo 128);
+// bins hold at most one midpoint, the first that is not below the bin: its number is the bin's base code.
+struct Tables {
+  float values[16];
+  float mids[16];  // 15 midpoints and +Inf
+  u8 bins[128];
+};
+
+#define BIN_SCALE 63.0f
+#define INTEGER 12582912.0f  // 1.5 x 2^23: adding it puts an integer into the low mantissa bits
+
+// Adds the code of y at nibble k of a word.
+DEVICE u32 add_signed(const Tables& t, float y, i32 k, u32 word) {
+  u32 base = t.bins[__float_as_uint(fma_down(y, BIN_SCALE, INTEGER)) & 127u];
+  word += base << (4 * k);
+  return y > t.mids[base] ? word + (1u << (4 * k)) : word;
+}
+
+// Eight codes under one absmax. Scales that are 0 or NaN give code 0; under an infinite one finite values
+// are 0/Inf (code 7) and Inf itself is NaN (code 0).
+DEVICE u32 encode_signed8(const Tables& t, const float* x, float absmax) {
+  u32 word = 0, bits = __float_as_uint(absmax);
+  if (bits - 1u < 0x7f800000u - 1u) {  // finite and not zero
+    float inv = divide(1.0f, absmax);
+#pragma unroll
+    for (i32 k = 0; k < 8; ++k) word = add_signed(t, mul(x[k], inv), k, word);
+  } else if (bits == 0x7f800000u) {
+#pragma unroll
+    for (i32 k = 0; k < 8; ++k) word |= (magnitude(x[k]) < absmax ? 7u : 0u) << (4 * k);
+  }
+  return word;
+}
+
+// Eight linear codes: ceil(16 y - 1.5) for y = x inv in [0, 1], exactly; NaN gives 0. The codes are left in
+// the low bits of 2^23 + code, whose exponents add up to a constant.
+template <class Inverse>
+DEVICE u32 encode_linear8(const float* x, Inverse inv) {
+  u32 word = 0u - (0x4b000000u + (0x4b000000u << 4));
+#pragma unroll
+  for (i32 k = 0; k < 8; ++k) {
+    float t = fma_up(mul(x[k], inv(k)), 16.0f, 8388608.0f - 1.5f);
+    word += __float_as_uint(max_number(t, 8388608.0f)) << (4 * k);
+  }
+  return word;
+}
+
+// (code k of a word + 1) / 16, exactly, without an integer conversion.
+template <i32 K>
+DEVICE float linear_value(u32 word) {
+  constexpr i32 k = K & 3;
+  u32 half = K < 4 ? word : word >> 16;
+  float t = __uint_as_float(0x4b000000u | (half & (15u << (4 * k))));  // 2^23 + code 2^(4k)
+  constexpr float scale = 1.0f / (float)(16 << (4 * k));
+  return fma_near(t, scale, 0.0625f - 8388608.0f * scale);
+}
+
+DEVICE void linear_values8(u32 word, float* x) {
+  x[0] = linear_value<0>(word), x[1] = linear_value<1>(word), x[2] = linear_value<2>(word);
+  x[3] = linear_value<3>(word), x[4] = linear_value<4>(word), x[5] = linear_value<5>(word);
+  x[6] = linear_value<6>(word), x[7] = linear_value<7>(word);
+}
+
+DEVICE void signed_values8(const Tables& t, u32 word, float* x) {
+#pragma unroll
+  for (i32 k = 0; k < 8; ++k) x[k] = t.values[(word >> (4 * k)) & 15u];
+}

@@ -1,0 +1,55 @@
+// The update rules (maths/update.py), element by element. RULE is ADAMW or SGD.
+#pragma once
+
+// AdamW: a beta1, b 1-beta1, c beta2, d 1-beta2, e keep, f step_size, g root, h eps.
+// SGD: a momentum, b rest, c lr, d weight_decay, e nesterov; first: the buffer starts with the gradient.
+DEVICE float sgd_gradient(const Hyper& h, float grad, float param) {
+  return h.d != 0.0f ? add(grad, mul(param, h.d)) : grad;
+}
+
+DEVICE float new_first(const Hyper& h, float old, float grad, float param) {
+#if RULE == ADAMW
+  return add(mul(old, h.a), mul(grad, h.b));
+#else
+  grad = sgd_gradient(h, grad, param);
+  return h.first ? grad : add(mul(old, h.a), mul(grad, h.b));
+#endif
+}
+
+DEVICE float new_second(const Hyper& h, float old, float grad) {
+  return add(mul(old, h.c), mul(mul(grad, grad), h.d));
+}
+
+#if RULE == ADAMW
+// New parameters, in place. ``tame``: the second moments are in [LEAST_RADICAND, MOST]. If the numerators
+// are in their range too, root and quotient are taken without their checks; the bits are the same either way.
+DEVICE void update8(const Hyper& h, float* param, const float* grad, const float* first,
+                    const float* second, float largest, bool tame) {
+  float least = magnitude(first[0]);
+#pragma unroll
+  for (i32 k = 1; k < 8; ++k) least = min_number(least, magnitude(first[k]));
+  if (tame && h.tame && mul(least, h.f) >= LEAST_NUMERATOR && mul(largest, h.f) <= MOST) {
+#pragma unroll
+    for (i32 k = 0; k < 8; ++k) {
+      float denominator = add(mul(root_in_range(second[k]), h.g), h.h);
+      param[k] = sub(mul(param[k], h.e), divide_in_range(mul(first[k], h.f), denominator));
+    }
+  } else {
+#pragma unroll
+    for (i32 k = 0; k < 8; ++k) {
+      float denominator = add(mul(root(second[k]), h.g), h.h);
+      param[k] = sub(mul(param[k], h.e), divide(mul(first[k], h.f), denominator));
+    }
+  }
+}
+#else
+DEVICE void update8(const Hyper& h, float* param, const float* grad, const float* first,
+                    const float* second, float largest, bool tame) {
+#pragma unroll
+  for (i32 k = 0; k < 8; ++k) {
+    float direction = first[k];
+    if (h.e != 0.0f) direction = add(sgd_gradient(h, grad[k], param[k]), mul(first[k], h.a));
+    param[k] = sub(param[k], mul(direction, h.c));
+  }
+}
+#endif

@@ -1,0 +1,399 @@
+"""shard4bit.save and load: any number of ranks to any other, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import shard4bit
+from shard4bit.errors import CheckpointError
+from tests import oracle
+from tests.checkpoint import ranks
+from tests.checkpoint.ranks import STEPS, Found
+from tests.fsdp import models
+from tests.fsdp.models import SHAPES, Arrays, Toy, Zoo, canonical, optimizer_of, same
+from tests.fsdp.test_invariance_fsdp2 import close
+from tests.pool import pool
+
+ALONE = (0, "plain")  # this very process, without a process group
+
+
+@cache
+def single(kind: str, steps: int) -> Found:
+    return ranks.single_zoo(kind, steps)
+
+
+def on(world: int, function: Any, *args: Any) -> list[Any]:
+    return pool(world).run(function, *args) if world else [function(*args)]
+
+
+def manifest_of(path: Path) -> dict[str, Any]:
+    return json.loads((path / "manifest.json").read_bytes())
+
+
+# ---- any number of ranks to any other ----------------------------------------------------------
+
+PAIRS = [
+    (ALONE, (2, "fsdp")),
+    ((1, "fsdp"), (4, "fsdp")),
+    ((2, "fsdp"), (3, "fsdp")),
+    ((3, "fsdp"), (4, "hsdp")),
+    ((4, "fsdp"), (1, "fsdp")),
+    ((4, "fsdp"), (2, "experts")),
+    ((4, "hsdp"), (2, "fsdp")),
+    ((2, "experts"), ALONE),
+    ((2, "plain"), (3, "fsdp")),
+    ((3, "fsdp"), (2, "plain")),
+]
+
+
+@pytest.mark.parametrize("before, after", PAIRS, ids=str)
+@pytest.mark.parametrize("kind", ["rank1", "block", "factored", "sgd"])
+def test_any_number_of_ranks_to_any_other(
+    kind: str, before: tuple[int, str], after: tuple[int, str], tmp_path: Path
+) -> None:
+    saved = on(before[0], ranks.save_zoo, kind, before[1], str(tmp_path))
+    arrays, digest = saved[0]
+    if kind != "factored":  # whose sums depend a little on the sharding
+        same(arrays, single(kind, STEPS)[0])
+        assert digest == single(kind, STEPS)[1]
+    assert len({d for _, d in saved}) == 1
+    for state, loaded, further in on(after[0], ranks.load_zoo, kind, after[1], str(tmp_path)):
+        same(state[0], arrays, (kind, before, after))
+        assert state[1] == digest
+        assert (loaded.step, loaded.skipped) == (STEPS, [])
+        assert loaded.extra == {"layout": before[1], "list": [1, None]}
+        assert loaded.path == tmp_path / f"step-{STEPS:010d}"
+        check = close if kind == "factored" else same
+        check(further, single(kind, STEPS + 1)[0], (kind, before, after))
+
+
+@pytest.mark.parametrize("world, layout", [(3, "fsdp"), (4, "hsdp"), (2, "plain"), (2, "experts")])
+def test_files_hold_every_byte_once(world: int, layout: str, tmp_path: Path) -> None:
+    """Read with the safetensors library alone: the pieces make up the canonical tensors, without copies
+    of what replicas share."""
+    arrays, _ = pool(world).run(ranks.save_zoo, "rank1", layout, str(tmp_path))[0]
+    path = tmp_path / f"step-{STEPS:010d}"
+    manifest = manifest_of(path)
+    assert sorted(p.name for p in path.iterdir()) == sorted([*manifest["files"], "manifest.json"])
+    assert manifest["world_size"] == len(manifest["files"]) == world
+    pieces: dict[str, list[tuple[list[int], np.ndarray]]] = {}
+    for name in manifest["files"]:
+        with safe_open(path / name, "numpy") as file:
+            for key in file.keys():  # noqa: SIM118
+                tensor, window = key[:-1].split("[")
+                numbers = [int(n) for part in window.split(",") for n in part.split(":")]
+                pieces.setdefault(tensor, []).append((numbers, file.get_tensor(key)))
+    expected = {k: v for k, v in arrays.items() if not k.endswith("/step")}
+    assert set(pieces) == set(expected)
+    for key, whole in expected.items():
+        rows, cols = oracle.matrix_shape(SHAPES[key.split("/")[1]])
+        units = max(r1 for (_, _, _, r1), _ in pieces[key])
+        shape = (max(r for (_, r, _, _), _ in pieces[key]), units)
+        assert shape[0] in (rows, 1) and whole.size == shape[0] * shape[1], key
+        seen, count = np.zeros(shape, whole.dtype), np.zeros(shape, int)
+        for (row0, row1, col0, col1), values in pieces[key]:
+            seen[row0:row1, col0:col1] = values
+            count[row0:row1, col0:col1] += 1
+        assert (count == 1).all(), key
+        assert seen.tobytes() == whole.tobytes(), key
+    sizes = [Path(path / n).stat().st_size for n in manifest["files"]]
+    if layout == "plain":  # rank 0 has it all
+        assert sizes[1] < 100 < sizes[0]
+    if layout == "hsdp":  # the first replica has it all
+        assert max(sizes[2:]) < 100 < min(sizes[:2])
+
+
+def test_the_manifest_says_what_is_there(tmp_path: Path) -> None:
+    pool(2).run(ranks.save_zoo, "rank1", "fsdp", str(tmp_path))
+    manifest = manifest_of(tmp_path / f"step-{STEPS:010d}")
+    assert manifest["parameters"]["odd"] == {
+        "shape": [129, 301],
+        "step": STEPS,
+        "moments": {"exp_avg": "B128/DE", "exp_avg_sq": "Rank-1/Linear"},
+    }
+    assert manifest["parameters"]["bias"]["moments"] == {"exp_avg": "fp32", "exp_avg_sq": "fp32"}
+    (group,) = manifest["groups"]
+    assert group["parameters"] == list(SHAPES)
+    assert group["options"]["lr"] == models.ADAMW["lr"]
+    assert manifest["tensors"]["state/odd/exp_avg_codes"]["shape"] == [129, 151]
+    assert manifest["tensors"]["state/experts/exp_avg_sq_row_max"]["shape"] == [96, 1]
+
+
+def odd_columns(root: str, shape: tuple[int, int], placements: list[int], load: bool) -> Any:
+    mesh = models.mesh_of(2) if len(placements) == 1 else models.mesh_of(2, 2)
+    model: Any = Zoo({"w": shape}) if not load else ranks.blank("plain", {"w": shape})
+    sharding = [Shard(p) for p in placements]
+    model.w = nn.Parameter(distribute_tensor(model.w.data, mesh, sharding, src_data_rank=None))
+    optimizer = optimizer_of("block", model.parameters())
+    if load:
+        shard4bit.load(root, model, optimizer)
+    else:
+        models.train(model, optimizer, STEPS)
+        shard4bit.save(root, model, optimizer, step=STEPS)
+    digest = shard4bit.digest(model, optimizer)
+    models.train(model, optimizer, 1, first=STEPS + 1)
+    return digest, shard4bit.digest(model, optimizer)
+
+
+@pytest.mark.parametrize("world, placements", [(2, [1]), (4, [0, 1])])
+def test_blocks_cut_between_ranks(world: int, placements: list[int], tmp_path: Path) -> None:
+    """Columns cut at 150: state_dict() cannot carry that, the canonical checkpoint can."""
+    shape = (41, 300)
+    model = Zoo({"w": shape})
+    optimizer = optimizer_of("block", model.parameters())
+    models.train(model, optimizer, STEPS)
+    expected = [shard4bit.digest(model, optimizer)]
+    models.train(model, optimizer, 1, first=STEPS + 1)
+    expected.append(shard4bit.digest(model, optimizer))
+    for found in pool(world).run(odd_columns, str(tmp_path), shape, placements, False):
+        assert list(found) == expected
+    for found in pool(world).run(odd_columns, str(tmp_path), shape, placements, True):
+        assert list(found) == expected
+    fresh = ranks.blank("plain", {"w": shape})
+    again = optimizer_of("block", fresh.parameters())
+    shard4bit.load(tmp_path, fresh, again)
+    assert shard4bit.digest(fresh, again) == expected[0]
+
+
+def byte_cut(root: str) -> list[str]:
+    model: Any = Zoo({"w": (41, 301)})
+    model.w = nn.Parameter(distribute_tensor(model.w.data, models.mesh_of(2), [Shard(1)], src_data_rank=None))
+    optimizer = optimizer_of("block", model.parameters())
+    models.train(model, optimizer, 1)
+    texts = []
+    for call in (
+        lambda: shard4bit.save(root, model, optimizer, step=1),
+        lambda: shard4bit.digest(model, optimizer),
+    ):
+        try:
+            call()
+        except CheckpointError as error:
+            texts.append(str(error))
+    return texts
+
+
+def test_bytes_cut_between_ranks_are_refused_on_all(tmp_path: Path) -> None:
+    for texts in pool(2).run(byte_cut, str(tmp_path)):
+        assert len(texts) == 2
+        assert all("state/w/exp_avg_codes" in t and "151" in t for t in texts)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- options -----------------------------------------------------------------------------------
+
+
+def groups_of(model: nn.Module, lr: Any, decay: float) -> Any:
+    biases = [p for n, p in model.named_parameters() if n.endswith("bias")]
+    others = [p for n, p in model.named_parameters() if not n.endswith("bias")]
+    return shard4bit.AdamW4bit(
+        [{"params": others}, {"params": biases, "weight_decay": 0.0, "betas": (0.5, 0.6)}],
+        lr=lr,
+        weight_decay=decay,
+    )
+
+
+def test_hyperparameters_are_restored_or_kept(tmp_path: Path) -> None:
+    model = Toy()
+    optimizer = groups_of(model, 0.02, 0.3)
+    models.fit(model, optimizer, 0, 2)
+    optimizer.param_groups[1]["lr"] = 0.04  # as a scheduler would
+    shard4bit.save(tmp_path, model, optimizer, step=2)
+
+    fresh = Toy(1)
+    again = groups_of(fresh, torch.tensor(0.5), 0.9)
+    assert again.param_groups[0]["lr"] is again.param_groups[1]["lr"]  # one tensor, from the defaults
+    shard4bit.load(tmp_path, fresh, again)
+    rates = [g["lr"] for g in again.param_groups]
+    assert all(isinstance(r, torch.Tensor) for r in rates)
+    assert [float(r) for r in rates] == pytest.approx([0.02, 0.04])
+    assert [g["weight_decay"] for g in again.param_groups] == [0.3, 0.0]
+    assert again.param_groups[1]["betas"] == (0.5, 0.6)
+
+    other = Toy(1)
+    kept = groups_of(other, 0.5, 0.9)
+    shard4bit.load(tmp_path, other, kept, hyperparameters=False)
+    assert [g["lr"] for g in kept.param_groups] == [0.5, 0.5]
+    assert [g["weight_decay"] for g in kept.param_groups] == [0.9, 0.0]
+    assert shard4bit.digest(other, kept) == shard4bit.digest(fresh, again)
+    assert shard4bit.digest(fresh, again) == shard4bit.digest(model, optimizer)
+
+
+def test_without_parameters_or_frozen_ones(tmp_path: Path) -> None:
+    model: Any = Toy()
+    optimizer = optimizer_of("rank1", model.parameters())
+    models.fit(model, optimizer, 0, 3)
+    model.scratch += 5
+    whole = canonical(model, optimizer)
+
+    def loaded_from(name: str) -> Arrays:
+        fresh = Toy(1)
+        again = optimizer_of("rank1", fresh.parameters())
+        assert shard4bit.load(tmp_path / name, fresh, again).skipped == []
+        return canonical(fresh, again)
+
+    untouched = canonical(Toy(1))
+    shard4bit.save(tmp_path / "all", model, optimizer, step=3)
+    found = loaded_from("all")
+    assert found.pop("model/scratch").tolist() == [0, 0]  # not persistent
+    same(found, {k: v for k, v in whole.items() if k != "model/scratch"})
+    assert found["model/seen"] == 3
+
+    shard4bit.save(tmp_path / "states", model, optimizer, step=3, parameters=False)
+    found = loaded_from("states")
+    same({k: v for k, v in found.items() if k.startswith("model/")}, untouched)
+    states = {k: v for k, v in whole.items() if k.startswith("state/")}
+    same({k: v for k, v in found.items() if k.startswith("state/")}, states)
+
+    shard4bit.save(tmp_path / "trained", model, optimizer, step=3, frozen=False)
+    found = loaded_from("trained")
+    still = [k for k in untouched if "frozen" in k or k in ("model/seen", "model/scratch")]
+    assert len(still) == 4
+    same({k: found[k] for k in still}, {k: untouched[k] for k in still})
+    same({k: found[k] for k in whole if k not in still}, {k: whole[k] for k in whole if k not in still})
+
+    shard4bit.save(tmp_path / "model", model, step=3)
+    fresh = Toy(1)
+    shard4bit.load(tmp_path / "model", fresh)
+    found = canonical(fresh)
+    assert found.pop("model/scratch").tolist() == [0, 0]
+    expected = {k: v for k, v in whole.items() if k.startswith("model/") and k != "model/scratch"}
+    same(found, expected)
+
+
+def test_not_strict_loads_what_both_have_and_names_the_rest(tmp_path: Path) -> None:
+    shapes = {"a": (70, 80), "b": (5,), "gone": (90, 60)}
+    model = Zoo(shapes)
+    optimizer = optimizer_of("rank1", model.parameters())
+    models.train(model, optimizer, 2)
+    shard4bit.save(tmp_path, model, optimizer, step=2)
+    fresh = ranks.blank("plain", {"a": (70, 80), "b": (5,), "new": (4, 4)})
+    again = optimizer_of("rank1", fresh.parameters())
+    loaded = shard4bit.load(tmp_path, fresh, again, strict=False, hyperparameters=False)
+    codes = ["codes", "absmax"], ["codes", "row_max", "col_max"]
+    gone = [f"state/gone/exp_avg_{c}" for c in codes[0]] + [f"state/gone/exp_avg_sq_{c}" for c in codes[1]]
+    new = ["model/new", "state/new/exp_avg", "state/new/exp_avg_sq"]
+    assert sorted(loaded.skipped) == sorted(["model/gone", *gone, *new])
+    found, expected = canonical(fresh, again), canonical(model, optimizer)
+    both = [k for k in expected if k in found]
+    assert len(both) == 2 + 6 + 3
+    same({k: found[k] for k in both}, {k: expected[k] for k in both})
+    assert (found["model/new"] == 7).all() and found["state/new/step"] == 0
+
+
+def test_not_strict_without_an_optimizer_in_the_checkpoint(tmp_path: Path) -> None:
+    model = Zoo({"a": (70, 80)})
+    shard4bit.save(tmp_path, model, step=0)
+    fresh = ranks.blank("plain", {"a": (70, 80)})
+    optimizer = optimizer_of("rank1", fresh.parameters())
+    loaded = shard4bit.load(tmp_path, fresh, optimizer, strict=False)
+    same(canonical(fresh), canonical(model))
+    assert loaded.step == 0
+
+
+def test_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
+    model: Any = Zoo({"b": (5,)})
+    for step in (2, 30, 100):
+        model.b.data.fill_(step)
+        shard4bit.save(tmp_path, model, step=step)
+    (tmp_path / "step-0000000100" / "manifest.json").unlink()
+    (tmp_path / "step-0000000999").mkdir()
+    (tmp_path / "step-notes").mkdir()
+    loaded = shard4bit.load(tmp_path, model)
+    assert loaded.step == 30 and (model.b == 30).all()
+    loaded = shard4bit.load(tmp_path / "step-0000000002", model)
+    assert loaded.step == 2 and (model.b == 2).all()
+
+
+# ---- models of all sorts -----------------------------------------------------------------------
+
+
+class Zebra(nn.Module):
+    """Layouts in memory, wrappers, tied weights, buffers of other dtypes, and empty tensors."""
+
+    def __init__(self, fill: float | None = None) -> None:
+        super().__init__()
+        inner = nn.Sequential(nn.Conv2d(16, 64, 3), nn.BatchNorm2d(64))
+        self.wrapped = checkpoint_wrapper(inner)
+        self.conv = nn.Conv2d(16, 64, 3)
+        self.conv.weight.data = self.conv.weight.data.to(memory_format=torch.channels_last)
+        self.turned = nn.Parameter(torch.randn(90, 70).t())
+        self.embed, self.head = nn.Embedding(100, 60), nn.Linear(60, 100, bias=False)
+        self.head.weight = self.embed.weight
+        self.brain = nn.Parameter(torch.randn(80, 64).bfloat16())
+        self.register_buffer("flags", torch.tensor([True, False]))
+        self.register_buffer("none", torch.zeros(0, 3))
+        self.register_buffer("nothing", torch.zeros(3, 0))
+        self.register_buffer("table", torch.rand(3, 4, dtype=torch.float64).t())
+        self.register_buffer("strided", torch.rand(8, 6)[::2, ::3])
+        if fill is not None:
+            with torch.no_grad():
+                for tensor in [*self.parameters(), *self.buffers()]:
+                    tensor.fill_(fill)
+
+
+def mean_of(model: nn.Module) -> torch.Tensor:
+    """The running mean of a model's batch norm."""
+    return next(b for n, b in model.named_buffers() if n.endswith("running_mean"))
+
+
+def test_every_sort_of_tensor_is_restored(tmp_path: Path) -> None:
+    model = Zebra()
+    optimizer = optimizer_of("rank1", model.parameters())
+    for step in (1, 2):
+        for name, param in model.named_parameters():
+            param.grad = torch.empty_like(param)
+            param.grad.copy_(models.gradient(name, tuple(param.shape), step))
+        optimizer.step()
+    mean_of(model).fill_(0.25)
+    assert not model.conv.weight.is_contiguous() and not model.turned.is_contiguous()
+    shard4bit.save(tmp_path, model, optimizer, step=2)
+    fresh = Zebra(fill=1)
+    again = optimizer_of("rank1", fresh.parameters())
+    shard4bit.load(tmp_path, fresh, again)
+    same(canonical(fresh, again), canonical(model, optimizer))
+    assert shard4bit.digest(fresh, again) == shard4bit.digest(model, optimizer)
+    assert sum("embed" in k or "head" in k for k in canonical(model)) == 1
+
+
+def test_wrapped_and_plain_models_share_checkpoints(tmp_path: Path) -> None:
+    def make(wrapped: bool) -> nn.Module:
+        inner = nn.Sequential(nn.Linear(70, 80), nn.BatchNorm1d(80))
+        if not wrapped:
+            return nn.Sequential(inner)
+        return torch.compile(nn.Sequential(checkpoint_wrapper(inner)))  # type: ignore[return-value]
+
+    for wrapped in (False, True):
+        model, fresh = make(wrapped), make(not wrapped)
+        mean_of(model).fill_(0.25)
+        optimizer = optimizer_of("rank1", model.parameters())
+        again = optimizer_of("rank1", fresh.parameters())
+        shard4bit.save(tmp_path, model, optimizer, step=int(wrapped))
+        assert shard4bit.load(tmp_path, fresh, again).skipped == []
+        assert shard4bit.digest(fresh, again) == shard4bit.digest(model, optimizer)
+        for ours, theirs in zip(fresh.parameters(), model.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+        assert torch.equal(mean_of(fresh), mean_of(model))
+
+
+# ---- continuing --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["rank1", "block", "factored", "sgd"])
+def test_continuing_equals_the_uninterrupted_run(kind: str, tmp_path: Path) -> None:
+    whole = pool(2).run(ranks.train_toy, "fsdp", kind, 8, str(tmp_path), 4)
+    resumed = pool(2).run(ranks.resume_toy, "fsdp", kind, 8, str(tmp_path))
+    for (expected, losses), (found, tail) in zip(whole, resumed, strict=True):
+        same(found, expected, kind)
+        assert tail == losses[4:] and len(set(losses)) == 8
+        assert expected["state/first.weight/step"] == 8

@@ -1,0 +1,108 @@
+"""The kernels on a GPU against the torch reference on the CPU, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import shard4bit
+from tests.test_oracle_agreement import random_grads
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+SHAPES = [
+    (64, 512),
+    (61, 131),
+    (5, 1025),
+    (4100, 3),
+    (300, 768),
+    (129, 256),
+    (7, 16, 384),
+    (64, 16, 3, 3),
+    (77,),
+]
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal bits; NaNs are equal."""
+    a, b = a.detach().cpu().contiguous().reshape(-1), b.detach().contiguous().reshape(-1)
+    size = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
+    same = a.view(size) == b.view(size)
+    return bool((same | (a.isnan() & b.isnan())).all()) if a.is_floating_point() else bool(same.all())
+
+
+def pair(dtype: torch.dtype, make: Any) -> tuple[Any, Any, list[Any], list[Any]]:
+    rng = np.random.default_rng(3)
+    starts = [torch.from_numpy(rng.standard_normal(s).astype(np.float32)).to(dtype) for s in SHAPES]
+    host = [torch.nn.Parameter(s.clone()) for s in starts]
+    device = [torch.nn.Parameter(s.clone().cuda()) for s in starts]
+    return make(host), make(device), host, device
+
+
+def set_grads(params: list[Any], step: int, seed: int, special: float | None = None) -> None:
+    for i, p in enumerate(params):
+        rng = np.random.default_rng((seed, step, i))
+        flat = (p.shape[0], p.numel() // p.shape[0])
+        grad = random_grads(rng, flat, step + 1)[step]
+        if special is not None and step == 2:
+            grad[0, -1] = special
+        p.grad = torch.from_numpy(grad).view(p.shape).to(p.dtype).to(p.device)
+
+
+def compare(host: Any, device: Any, params: list[Any], others: list[Any], where: Any) -> None:
+    for p, q in zip(params, others, strict=True):
+        assert equal(q, p), (where, tuple(p.shape), "parameter")
+        for key, value in host.state[p].items():
+            assert equal(device.state[q][key], value), (where, tuple(p.shape), key)
+
+
+@pytest.mark.parametrize("special", [None, float("nan"), float("inf")], ids=["finite", "nan", "inf"])
+@pytest.mark.parametrize("second", ["rank1", "block"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adamw(dtype: str, second: str, special: float | None) -> None:
+    host, device, params, others = pair(
+        DTYPES[dtype],
+        lambda p: shard4bit.AdamW4bit(p, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, second_moment=second),
+    )
+    for step in range(4):
+        set_grads(params, step, 1, special)
+        set_grads(others, step, 1, special)
+        host.step()
+        device.step()
+        compare(host, device, params, others, step)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd(nesterov: bool) -> None:
+    options = {"momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.01, "maximize": not nesterov}
+    host, device, params, others = pair(torch.float32, lambda p: shard4bit.SGD4bit(p, lr=0.1, **options))
+    for step in range(4):
+        set_grads(params, step, 2)
+        set_grads(others, step, 2)
+        host.step()
+        device.step()
+        compare(host, device, params, others, step)
+
+
+def test_factored() -> None:
+    """Sums in another order: 16 fp32 additions a term at most, so 2^-20 relative."""
+    host, device, params, others = pair(
+        torch.float32, lambda p: shard4bit.AdamW4bit(p, lr=1e-2, second_moment="factored")
+    )
+    for step in range(4):
+        set_grads(params, step, 3)
+        set_grads(others, step, 3)
+        host.step()
+        device.step()
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(q.detach().cpu(), p.detach(), rtol=1e-4, atol=1e-6)
+        for key, value in host.state[p].items():
+            if key.endswith("mean"):
+                torch.testing.assert_close(device.state[q][key].cpu(), value, rtol=2.0**-19, atol=0)
