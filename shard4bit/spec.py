@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 QUANTIZE_ABOVE = 4096  # elements; smaller tensors keep fp32 moments (the paper's threshold)
 
@@ -96,7 +97,7 @@ SECOND_MOMENTS = (
 _ALIASES = {"rank1": "Rank-1/Linear", "block": "B128/Linear"}
 
 #: Keyword arguments for AdamW4bit that make it the 8-bit baseline.
-ADAMW_8BIT = {"first_moment": "B2048/DE/8", "second_moment": "B2048/DE/8"}
+ADAMW_8BIT: dict[str, Any] = {"first_moment": "B2048/DE/8", "second_moment": "B2048/DE/8"}
 
 _PATTERN = re.compile(r"(?:B(\d+)|(Rank-1)|(Tensor))/(DE|DE-0|Linear)(?:/(\d+))?")
 

@@ -158,6 +158,8 @@ class KernelBackend:
         for record, (scalars, maximize) in zip(packed, hypers, strict=True):
             record["scalars"][: len(names)] = [scalars[name] for name in names]
             record["maximize"], record["first"] = maximize, scalars.get("first", 0.0)
+            if maximize and batch.config.rule == "ADAMW":
+                record["scalars"][1] *= -1  # 1 - beta1: the only place where a gradient's sign counts
             record["tame"] = batch.config.rule == "ADAMW" and _is_tame(scalars)
         self.runtime.upload(np.concatenate([live.view(np.uint8), packed.view(np.uint8)]), batch.live_at)
 

@@ -158,10 +158,11 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     def _plan(self) -> StepPlan:
         """The plan of the parameters now in the groups (ZeRO steps one group at a time)."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        key = (tuple(map(id, params)), tuple(p.requires_grad for p in params))
+        key = tuple((id(g), *((id(p), p.requires_grad) for p in g["params"])) for g in self.param_groups)
         if key not in self._plans:
             self.bind()
+            if len(self._plans) >= 16:  # of parameters frozen and thawed in ever new ways
+                self._plans.clear()
             members = [(b, g) for g in self.param_groups for p in g["params"] for b in self._bound.get(p, ())]
             self._plans[key] = StepPlan(members, self._steps, self._rule)
         return self._plans[key]

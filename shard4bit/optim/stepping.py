@@ -42,8 +42,6 @@ class Bound:
     def refresh(self) -> None:
         """Make ``work.param`` this rank's elements as they are now, dense."""
         data = self.placed.data()
-        self.work.param = data.contiguous()
-        self.pointer = data.data_ptr() if self.work.param is data else 0
         for moment in self.moments:
             for tensor in moment.tensors.values():
                 if tensor.device != data.device:
@@ -51,11 +49,19 @@ class Bound:
                         f"a parameter of shape {self.shape} moved to {data.device} after its state was made "
                         f"on {tensor.device}: move the model before building the optimizer"
                     )
+        self.work.param = data.contiguous()
+        self.pointer = data.data_ptr() if self.work.param is data else 0
 
     def take_gradient(self, grad: Tensor) -> None:
         """Check a gradient and make it ``work.grad``, dense. Raises ValueError."""
         validate.gradient(grad, self.work.param, f"parameter of shape {self.shape}")
         self.work.grad = grad.contiguous()
+
+    def release(self) -> None:
+        """Hold neither the gradient nor a dense copy of the parameter until the next step."""
+        self.work.grad = None
+        if self.pointer == 0:
+            self.work.param = self.placed.data()
 
 
 class StepPlan:
@@ -80,6 +86,13 @@ class StepPlan:
         self.batches: list[tuple[Rule, Works]] = []
 
     def run(self) -> None:
+        try:
+            self._run()
+        finally:
+            for bound, _ in self.members:
+                bound.release()
+
+    def _run(self) -> None:
         failure = self._gather()
         works = [bound.work for bound in self.taking]
         if failure is None:
@@ -97,25 +110,23 @@ class StepPlan:
         """Bring every work up to date. Returns the first error instead of raising it."""
         failure: BaseException | None = None
         counts = self.steps.tolist()
-        scalars: dict[tuple[int, str, float], Scalars] = {}
+        scalars: dict[tuple[int, int, float], Scalars] = {}
         signature: list[Any] = []
         for bound, group in self.members:
             work, grad = bound.work, bound.placed.grad()
             try:
                 if bound.pointer == 0 or bound.param.data_ptr() != bound.pointer:
                     bound.refresh()
-                if grad is None:
-                    work.grad = None
-                elif grad is not work.grad:
+                if grad is not None:
                     bound.take_gradient(grad)
                 count = counts[bound.row]
-                key = (id(group), bound.rule.name, count)
+                key = (id(group), id(bound.rule), count)
                 if key not in scalars:
                     self._check_rule(bound, group)
                     scalars[key] = bound.rule.scalars(group, int(count) + 1)
                 work.scalars, work.maximize = scalars[key], group["maximize"]
-            except ValueError as error:
-                failure, grad, work.grad = failure or error, None, None
+            except Exception as error:  # the other ranks must hear of it before it is raised
+                failure, grad = failure or error, None
             work.active = grad is not None
             signature.append(None if work.grad is None else work.grad.dtype)
         if signature != self.signature:

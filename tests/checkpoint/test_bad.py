@@ -183,7 +183,7 @@ def write(name: str, data: bytes) -> Callable[[Path], None]:
     return lambda path: (path / name).write_bytes(data)  # type: ignore[return-value]
 
 
-def edit(change: Callable[[dict[str, Any]], None], *, sign: bool) -> Callable[[Path], None]:
+def edit(change: Callable[[dict[str, Any]], Any], *, sign: bool) -> Callable[[Path], None]:
     """Change the manifest, with a right checksum if ``sign``."""
 
     def spoil(path: Path) -> None:
@@ -238,6 +238,10 @@ SPOILT: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "no content": (edit(lambda b: b.update(content={}), sign=True), ["manifest.json", "malformed"]),
     "no groups": (edit(lambda b: b.update(groups=None), sign=True), ["manifest.json", "malformed"]),
     "odd groups": (edit(lambda b: b.update(groups=[{"parameters": 3}]), sign=True), ["malformed"]),
+    "an odd option": (
+        edit(lambda b: b["groups"][0]["options"].update(lr="x"), sign=True),
+        ["lr='x'"],
+    ),
     "odd facts": (edit(lambda b: b["parameters"].update(a=3), sign=True), ["malformed"]),
     "an odd step count": (
         edit(lambda b: b["parameters"]["a"].update(step="x"), sign=True),

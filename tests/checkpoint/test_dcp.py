@@ -18,11 +18,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
     set_state_dict,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 import shard4bit
 from tests.fsdp import models
-from tests.fsdp.models import Arrays, Zoo, canonical, optimizer_of, same
+from tests.fsdp.models import SHAPES, Arrays, Zoo, canonical, optimizer_of, same
 from tests.fsdp.test_invariance_fsdp2 import close
 from tests.pool import pool
 
@@ -192,6 +192,35 @@ def test_full_state_dict_on_every_rank() -> None:
     for before, after in pool(3).run(full_on_every_rank, "rank1"):
         same(after[0], before[0])
         assert after[1] == before[1] == single("rank1", STEPS)[1]
+
+
+def placed_otherwise(kind: str) -> tuple[Found, Found, Found, int]:
+    """load_state_dict of states that are replicated, and of sharded states by a model that is not."""
+    model, optimizer = trained(kind, "fsdp")
+    state = optimizer.state_dict()
+    changed = 0
+    for part in state["state"].values():
+        for key, value in part.items():
+            if isinstance(value, DTensor) and value.placements != (Replicate(),):
+                part[key], changed = value.redistribute(placements=[Replicate()]), changed + 1
+    results = []
+    for layout, given in (("fsdp", state), ("plain", trained(kind, "fsdp")[1].state_dict())):
+        target, fresh = other(kind, layout)
+        fresh.load_state_dict(given)
+        with torch.no_grad():
+            for ours, theirs in zip(target.parameters(), model.parameters(), strict=True):
+                ours.copy_(theirs if layout == "fsdp" else theirs.full_tensor())
+        results.append(found(target, fresh))
+    return found(model, optimizer), results[0], results[1], changed
+
+
+@pytest.mark.parametrize("kind", ["rank1", "block"])
+def test_states_that_are_placed_otherwise(kind: str) -> None:
+    for before, replicated, plain, changed in pool(3).run(placed_otherwise, kind):
+        assert changed > len(SHAPES)
+        for after in (replicated, plain):
+            same(after[0], before[0])
+            assert after[1] == before[1] == single(kind, STEPS)[1]
 
 
 def frozen_and_partial(path: str) -> tuple[Found, Found]:

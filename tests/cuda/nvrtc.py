@@ -56,9 +56,11 @@ def resources(source: str, arch: str, options: Sequence[str] = ()) -> dict[str, 
 
 
 def sass(source: str, arch: str, options: Sequence[str] = ()) -> str:
-    """Return the machine code as text. Needs nvdisasm: CUDA's, or the pip package nvidia-cuda-nvdisasm."""
-    beside_nvcc = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
-    tool = shutil.which("nvdisasm") or shutil.which("nvdisasm", path=beside_nvcc) or _find("bin/nvdisasm")
+    """Return the machine code as text. Needs nvdisasm: on PATH, in CUDA_HOME, or from pip."""
+    folders = os.pathsep.join(
+        [os.environ.get("PATH", ""), os.path.join(os.environ.get("CUDA_HOME", ""), "bin")]
+    )
+    tool = shutil.which("nvdisasm", path=folders) or _find("bin/nvdisasm")
     if tool is None:
         raise RuntimeError("there is no nvdisasm")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

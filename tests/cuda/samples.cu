@@ -108,10 +108,17 @@ extern "C" __global__ void two_barriers(int* out) {
     __syncthreads(), out[0] = 1;
 }
 extern "C" __global__ void two_primitives(unsigned* out) {
+  out[0] = threadIdx.x < 16 ? __ballot_sync(0xffffffffu, 1) : __reduce_max_sync(0xffffffffu, 1u);
+}
+extern "C" __global__ void two_places(unsigned* out) {
   if (threadIdx.x < 16)
     out[threadIdx.x] = __ballot_sync(0xffffffffu, 1);
   else
-    out[threadIdx.x] = __reduce_max_sync(0xffffffffu, 1u);
+    out[threadIdx.x] = __ballot_sync(0xffffffffu, 0);
+}
+extern "C" __global__ void two_masks(unsigned* out) {
+  const unsigned mask = threadIdx.x < 31 ? 0xffffffffu : 0xc0000000u;
+  out[threadIdx.x] = __ballot_sync(mask, 1);
 }
 extern "C" __global__ void mask_without_caller(int* out) {
   out[threadIdx.x] = __shfl_sync(0xfffffffeu, 1, 1);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, cast
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from shard4bit.placement import to_local
+from shard4bit.reference import ReferenceBackend
 from tests.fsdp import models
 from tests.fsdp.models import SHAPES, Arrays, Zoo, canonical, optimizer_of, same
 from tests.fsdp.recorder import Recorder
+from tests.fsdp.test_invariance_fsdp2 import close
 from tests.pool import pool
 from tests.test_oracle_agreement import same_bits
 
@@ -227,6 +230,42 @@ def test_an_invalid_gradient_fails_everywhere_and_changes_nothing(
         assert (word if here == rank else "another rank") in text
         assert unchanged
         same(found, expected, here)
+
+
+def fail_in_measure(kind: str, bad: int) -> tuple[str, str, bool, Arrays]:
+    """A good step, one in which a rank runs out of memory half-way through measuring, another good one."""
+    model = models.sharded(Zoo(), "fsdp")
+    optimizer = optimizer_of(kind, model.parameters())
+    models.train(model, optimizer, 1)
+    models.force(model, 2)
+    real = ReferenceBackend.measure
+
+    def failing(self: Any, rule: Any, works: Any) -> None:
+        if dist.get_rank() != bad:
+            return real(self, rule, works)
+        real(self, rule, works[:3])
+        raise MemoryError("no memory left here")
+
+    before = local_bytes(model, optimizer)
+    error: Exception | None = None
+    with mock.patch.object(ReferenceBackend, "measure", failing):
+        try:
+            optimizer.step()
+        except Exception as caught:
+            error = caught
+    unchanged = local_bytes(model, optimizer) == before
+    models.train(model, optimizer, 1, first=2)
+    return type(error).__name__, str(error), unchanged, canonical(model, optimizer)
+
+
+@pytest.mark.parametrize("kind", ["rank1", "factored"])
+def test_a_rank_that_fails_while_measuring_stops_all(kind: str) -> None:
+    expected = models.forced_run(kind, "plain", 2)
+    for here, (name, text, unchanged, found) in enumerate(pool(3).run(fail_in_measure, kind, 1)):
+        assert name == ("MemoryError" if here == 1 else "RuntimeError"), (here, text)
+        assert ("no memory left here" if here == 1 else "another rank") in text
+        assert unchanged
+        (close if kind == "factored" else same)(found, expected, (kind, here))
 
 
 def grid_with_invalid(bad: int) -> tuple[str, bool]:

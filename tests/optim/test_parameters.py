@@ -91,7 +91,8 @@ def test_single_elements(shape: tuple[int, ...]) -> None:
 def test_empty_parameters_step_among_others(shape: tuple[int, ...], second: str) -> None:
     """They count steps as torch's do, and the others do not notice them."""
     empty, beside, alone = (nn.Parameter(normal(s, 2).clone()) for s in (shape, (80, 70), (80, 70)))
-    for cls, hyper in ((AdamW4bit, {"second_moment": second}), (SGD4bit, {})):
+    cases: list[tuple[Any, dict[str, Any]]] = [(AdamW4bit, {"second_moment": second}), (SGD4bit, {})]
+    for cls, hyper in cases:
         both, single = cls([empty, beside], **hyper), cls([alone], **hyper)
         for seed in range(2):
             fill_grads([empty, beside], seed)
@@ -138,6 +139,7 @@ def test_strides_change_nothing(kind: str, dtype: torch.dtype) -> None:
         inside = memory.clone()
         for seed in range(3):
             fill_grads([plain], seed)
+            assert plain.grad is not None
             odd.grad = torch.empty_like(odd).copy_(plain.grad)
             if seed == 1:
                 odd.grad = plain.grad  # contiguous, unlike the parameter
@@ -153,8 +155,8 @@ def test_strides_change_nothing(kind: str, dtype: torch.dtype) -> None:
 
 def test_channels_last_model_trains_as_a_contiguous_one() -> None:
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Conv2d(8, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3))
-    last = nn.Sequential(nn.Conv2d(8, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3))
+    plain: Any = nn.Sequential(nn.Conv2d(8, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3))
+    last: Any = nn.Sequential(nn.Conv2d(8, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3))
     last.load_state_dict(plain.state_dict())
     last.to(memory_format=torch.channels_last)
     first, second = AdamW4bit(plain.parameters()), AdamW4bit(last.parameters())
@@ -189,7 +191,7 @@ def test_arithmetic_is_in_float32_and_cast_once(
     """Against the oracle, whose arithmetic is float32; also where the gradient has another dtype."""
     matrix = oracle.matrix_shape(shape)
     quantized = oracle.is_quantized(shape)
-    references = (
+    references: tuple[Any, Any] = (
         oracle.OracleAdamW(shape, FIRST if quantized else None, RANK1 if quantized else None),
         oracle.OracleSGD(shape, FIRST if quantized else None),
     )
@@ -226,7 +228,7 @@ def test_float16_overflows_to_infinity() -> None:
 def test_meta_parameters() -> None:
     """Building on the meta device is fine and allocates nothing; using the optimizer there is not."""
     with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(70, 90), nn.Linear(90, 3))
+        model: Any = nn.Sequential(nn.Linear(70, 90), nn.Linear(90, 3))
     for cls in (AdamW4bit, SGD4bit):
         optimizer = cls(model.parameters())
         assert not optimizer.state and len(optimizer.param_groups[0]["params"]) == 4

@@ -235,7 +235,7 @@ def test_dcp_optimizer_state_dict(kind: str, flatten: bool) -> None:
     run(model.parameters(), optimizer, range(3))
     optimizer.zero_grad()
     before = snapshot(model.parameters(), optimizer)
-    saved = dcp.get_optimizer_state_dict(model, optimizer, options=chosen)
+    saved: Any = dcp.get_optimizer_state_dict(model, optimizer, options=chosen)
     assert_same(snapshot(model.parameters(), optimizer), before)
     keys = saved if flatten else saved["state"]["0.weight"]
     prefix = "state.0.weight." if flatten else ""

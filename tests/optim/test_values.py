@@ -159,6 +159,8 @@ def test_below_the_smallest_normal_is_zero() -> None:
     values = optimizer.moment(param, "momentum_buffer")
     assert (values[0, :128] == 2.0**-126).all()
     assert (values[1:] == 0).all() and (values[0, 128:] == 0).all()
+    codes = optimizer.state[param]["momentum_buffer_codes"]
+    assert (codes[0, :64] == 0xFF).all() and not codes[0, 64:].any() and not codes[1:].any()
 
 
 # ---- memory -----------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ DEVICE float magnitude(float a) { return __uint_as_float(__float_as_uint(a) & 0x
 DEVICE float root_in_range(float a) { return sqrtf(a); }
 DEVICE float divide_in_range(float a, float b) { return a / b; }
 DEVICE float to_float(double a) { return (float)a; }
+DEVICE double to_double(float a) { return (double)a; }
 #else
 #define BINARY(name, op)                                              \
   DEVICE float name(float a, float b) {                               \
@@ -69,7 +70,8 @@ TERNARY(fma_up, "fma.rp.f32")
   }
 UNARY(root, "sqrt.rn.f32")
 UNARY(magnitude, "abs.f32")
-UNARY(root_guess, "rsqrt.approx.f32")
+UNARY(negative, "neg.f32")
+UNARY(root_guess, "rsqrt.approx.ftz.f32")
 UNARY(reciprocal_guess, "rcp.approx.ftz.f32")
 
 DEVICE float to_float(double a) {
@@ -78,20 +80,27 @@ DEVICE float to_float(double a) {
   return r;
 }
 
+DEVICE double to_double(float a) {
+  double r;
+  asm("cvt.f64.f32 %0, %1;" : "=d"(r) : "f"(a));
+  return r;
+}
+
 // The same bits as root() for a in [LEAST_RADICAND, MOST], without its checks.
 DEVICE float root_in_range(float a) {
   float guess = root_guess(a);
   float r = mul(a, guess);
-  return fma_near(fma_near(-r, r, a), mul(guess, 0.5f), r);
+  return fma_near(fma_near(negative(r), r, a), mul(guess, 0.5f), r);
 }
 
 // The same bits as divide() for |a| in [LEAST_NUMERATOR, MOST] and b in [2^-50, 2^35], without its checks.
 DEVICE float divide_in_range(float a, float b) {
   float guess = reciprocal_guess(b);
-  guess = fma_near(fma_near(-b, guess, 1.0f), guess, guess);
+  float minus = negative(b);
+  guess = fma_near(fma_near(minus, guess, 1.0f), guess, guess);
   float q = mul(a, guess);
-  q = fma_near(fma_near(-b, q, a), guess, q);
-  return fma_near(fma_near(-b, q, a), guess, q);
+  q = fma_near(fma_near(minus, q, a), guess, q);
+  return fma_near(fma_near(minus, q, a), guess, q);
 }
 #endif
 
@@ -112,6 +121,23 @@ DEVICE float settle(float stat) {
 DEVICE float inverse(float scale) {
   return scale == 0.0f ? __uint_as_float(CANONICAL_NAN) : divide(1.0f, scale);
 }
+
+// (x & mask) | bits, and byte ``index`` of x, in one instruction each.
+#ifdef CUSIM
+DEVICE u32 masked_or(u32 x, u32 mask, u32 bits) { return (x & mask) | bits; }
+DEVICE u32 byte_of(u32 x, u32 index) { return (x >> (8 * index)) & 0xffu; }
+#else
+DEVICE u32 masked_or(u32 x, u32 mask, u32 bits) {
+  u32 r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(x), "r"(mask), "r"(bits));
+  return r;
+}
+DEVICE u32 byte_of(u32 x, u32 index) {
+  u32 r;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(r) : "r"(x), "r"(0x4440u | index));
+  return r;
+}
+#endif
 
 #ifdef CUSIM
 DEVICE uint4 load16(u64 at) { return *(const uint4*)at; }
@@ -142,6 +168,30 @@ DEVICE void store16(u64 at, uint4 x) {
 }
 DEVICE void store4(u64 at, u32 x) { asm volatile("st.global.u32 [%0], %1;" ::"l"(at), "r"(x)); }
 DEVICE void store_float(u64 at, float x) { asm volatile("st.global.f32 [%0], %1;" ::"l"(at), "f"(x)); }
+#endif
+
+// Copies from global to shared memory that go on while the thread computes; wait_copies(n) waits for all but
+// the last n batches. A thread may read what it copied itself.
+#ifdef CUSIM
+DEVICE void copy16(void* to, u64 from) { *(uint4*)to = *(const uint4*)from; }
+DEVICE void copy4(void* to, u64 from) { *(u32*)to = *(const u32*)from; }
+DEVICE void end_copies() {}
+template <i32 N>
+DEVICE void wait_copies() {}
+#else
+DEVICE void copy16(void* to, u64 from) {
+  u32 at = (u32)__cvta_generic_to_shared(to);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+}
+DEVICE void copy4(void* to, u64 from) {
+  u32 at = (u32)__cvta_generic_to_shared(to);
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(at), "l"(from) : "memory");
+}
+DEVICE void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <i32 N>
+DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
 #endif
 
 DEVICE i32 smaller(i32 a, i32 b) { return a < b ? a : b; }

@@ -22,10 +22,9 @@ DEVICE u32 add_signed(const Tables& t, float y, i32 k, u32 word) {
 
 // Eight codes under one absmax. Scales that are 0 or NaN give code 0; under an infinite one finite values
 // are 0/Inf (code 7) and Inf itself is NaN (code 0).
-DEVICE u32 encode_signed8(const Tables& t, const float* x, float absmax) {
+DEVICE u32 encode_signed8(const Tables& t, const float* x, float absmax, float inv) {
   u32 word = 0, bits = __float_as_uint(absmax);
   if (bits - 1u < 0x7f800000u - 1u) {  // finite and not zero
-    float inv = divide(1.0f, absmax);
 #pragma unroll
     for (i32 k = 0; k < 8; ++k) word = add_signed(t, mul(x[k], inv), k, word);
   } else if (bits == 0x7f800000u) {
@@ -53,7 +52,7 @@ template <i32 K>
 DEVICE float linear_value(u32 word) {
   constexpr i32 k = K & 3;
   u32 half = K < 4 ? word : word >> 16;
-  float t = __uint_as_float(0x4b000000u | (half & (15u << (4 * k))));  // 2^23 + code 2^(4k)
+  float t = __uint_as_float(masked_or(half, 15u << (4 * k), 0x4b000000u));  // 2^23 + code 2^(4k)
   constexpr float scale = 1.0f / (float)(16 << (4 * k));
   return fma_near(t, scale, 0.0625f - 8388608.0f * scale);
 }
@@ -64,7 +63,14 @@ DEVICE void linear_values8(u32 word, float* x) {
   x[6] = linear_value<6>(word), x[7] = linear_value<7>(word);
 }
 
+DEVICE float signed_value(const Tables& t, u32 offset) { return *(const float*)((const u8*)t.values + offset); }
+
+// The signed map's values of a word's codes. Offsets into the table are made four at a time.
 DEVICE void signed_values8(const Tables& t, u32 word, float* x) {
+  u32 even = (word << 2) & 0x3c3c3c3cu, odd = (word >> 2) & 0x3c3c3c3cu;
 #pragma unroll
-  for (i32 k = 0; k < 8; ++k) x[k] = t.values[(word >> (4 * k)) & 15u];
+  for (i32 j = 0; j < 4; ++j) {
+    x[2 * j] = signed_value(t, byte_of(even, j));
+    x[2 * j + 1] = signed_value(t, byte_of(odd, j));
+  }
 }

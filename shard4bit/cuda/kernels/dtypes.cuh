@@ -3,12 +3,15 @@
 
 struct F32 {
   typedef float raw;
+  static constexpr i32 vectors = 2;  // of 16 bytes in eight elements
 };
 struct BF16 {
   typedef u16 raw;
+  static constexpr i32 vectors = 1;
 };
 struct F16 {
   typedef u16 raw;
+  static constexpr i32 vectors = 1;
 };
 
 DEVICE float widen(F32, float x) { return x; }
@@ -73,22 +76,29 @@ DEVICE void widen2(T t, u32 word, float* x) {
   x[1] = widen(t, (u16)(word >> 16));
 }
 
-// Eight consecutive elements at a 16-byte boundary.
-DEVICE void load8(F32, u64 at, float* x) {
+// Eight consecutive elements out of one vector of 16 bytes, or two.
+DEVICE void unpack8(F32, const uint4* a, float* x) {
 #pragma unroll
   for (i32 j = 0; j < 2; ++j) {
-    uint4 a = load16(at + 16 * j);
-    x[4 * j] = __uint_as_float(a.x), x[4 * j + 1] = __uint_as_float(a.y);
-    x[4 * j + 2] = __uint_as_float(a.z), x[4 * j + 3] = __uint_as_float(a.w);
+    x[4 * j] = __uint_as_float(a[j].x), x[4 * j + 1] = __uint_as_float(a[j].y);
+    x[4 * j + 2] = __uint_as_float(a[j].z), x[4 * j + 3] = __uint_as_float(a[j].w);
   }
 }
 
 template <class T>
-DEVICE void load8(T t, u64 at, float* x) {
-  uint4 a = load16(at);
-  u32 word[4] = {a.x, a.y, a.z, a.w};
+DEVICE void unpack8(T t, const uint4* a, float* x) {
+  u32 word[4] = {a[0].x, a[0].y, a[0].z, a[0].w};
 #pragma unroll
   for (i32 j = 0; j < 4; ++j) widen2(t, word[j], x + 2 * j);
+}
+
+// At a 16-byte boundary of global memory.
+template <class T>
+DEVICE void load8(T t, u64 at, float* x) {
+  uint4 a[T::vectors];
+#pragma unroll
+  for (i32 j = 0; j < T::vectors; ++j) a[j] = load16(at + 16 * j);
+  unpack8(t, a, x);
 }
 
 DEVICE void store8(F32, u64 at, const float* x) {

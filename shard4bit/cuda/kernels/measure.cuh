@@ -42,7 +42,7 @@ DEVICE void measure_shared_block(const Slab& s, const Live& live, const Hyper& h
 // Maxima of the new second moment over a warp's rows (one register a lane) and columns. They travel as
 // integers: of non-negative floats the integer order is the float order, with NaN on top.
 template <bool FAST>
-DEVICE void rank1_maxima(const Slab& s, const Live& live, const Hyper& h, Window& w, i32 lane_id,
+DEVICE void rank1_maxima(const Slab& s, const Live& live, const Hyper& h, const Window& w, i32 lane_id,
                          const float* col_max, float* col_new) {
   i32 mine = w.row0 + lane_id;
   float my_row_max = lane_id < w.count ? ((const float*)s.v_row)[mine] : 0.0f;
@@ -53,9 +53,8 @@ DEVICE void rank1_maxima(const Slab& s, const Live& live, const Hyper& h, Window
     float row_max = __shfl_sync(FULL_MASK, my_row_max, i);
     float grad[8], second[8];
     if (FAST) {
-      load8(GRAD(), w.grad, grad);
-      linear_values8(load4(w.v_codes), second);
-      w.next();
+      load8(GRAD(), w.grad_at(i), grad);
+      linear_values8(load4(w.v_codes_at(i)), second);
     } else {
       load_gradient(s, live, h, row, lane, grad);
       linear_values8(second_codes(s, row, lane), second);
@@ -79,14 +78,17 @@ DEVICE void rank1_maxima(const Slab& s, const Live& live, const Hyper& h, Window
 DEVICE void measure_rank1(const Slab& s, const Live& live, const Hyper& h, const Tile& tile, i32 warp,
                           i32 lane_id) {
   __shared__ i32 columns[TILE_COLS];
+  __shared__ __align__(16) float old_columns[TILE_COLS];
   Window w(s, live, tile, warp, lane_id);
   float col_max[8], col_new[8];
-  i32 first = tile.group * TILE_COLS;
-  load_columns(s.v_col, s, w.on || !w.fast ? w.col : larger(s.col0, first), col_max);
-#pragma unroll
-  for (i32 k = 0; k < 8; ++k) col_new[k] = 0.0f;
+  i32 col = tile.group * TILE_COLS + (i32)threadIdx.x;
+  bool stored = col >= s.col0 && col < s.col1;
+  old_columns[threadIdx.x] = stored ? ((const float*)s.v_col)[col - s.col0] : 0.0f;
   columns[threadIdx.x] = 0;
   __syncthreads();
+  read8(old_columns + w.local, col_max);
+#pragma unroll
+  for (i32 k = 0; k < 8; ++k) col_new[k] = 0.0f;
   if (w.fast)
     rank1_maxima<true>(s, live, h, w, lane_id, col_max, col_new);
   else
@@ -96,8 +98,7 @@ DEVICE void measure_rank1(const Slab& s, const Live& live, const Hyper& h, const
     for (i32 k = 0; k < 8; ++k) atomicMax(&columns[lane_id * LANE_COLS + k], __float_as_int(col_new[k]));
   }
   __syncthreads();
-  i32 col = first + (i32)threadIdx.x;
-  if (col >= s.col0 && col < s.col1) atomicMax((i32*)s.new_col + (col - s.col0), columns[threadIdx.x]);
+  if (stored) atomicMax((i32*)s.new_col + (col - s.col0), columns[threadIdx.x]);
 }
 #endif
 
@@ -105,15 +106,14 @@ DEVICE void measure_rank1(const Slab& s, const Live& live, const Hyper& h, const
 // Partial sums of squares: of each row over the tile's columns, of each column over the tile's rows. No
 // more than 32 terms are added in fp32; vectors.cu adds the partial sums in a fixed order.
 template <bool FAST>
-DEVICE void squares(const Slab& s, const Live& live, const Hyper& h, Window& w, i32 lane_id,
+DEVICE void squares(const Slab& s, const Live& live, const Hyper& h, const Window& w, i32 lane_id,
                     float* row_out, float* col_sum) {
   float my_row = 0.0f;
   for (i32 i = 0; i < w.count; ++i) {
     i32 row = w.row0 + i;
     float grad[8];
     if (FAST) {
-      load8(GRAD(), w.grad, grad);
-      w.next();
+      load8(GRAD(), w.grad_at(i), grad);
     } else {
       load_gradient(s, live, h, row, Lane(span(s, row), w.col), grad);
     }
@@ -149,7 +149,7 @@ DEVICE void measure_factored(const Slab& s, const Live& live, const Hyper& h, co
   for (i32 k = 0; k < 8; ++k) columns[warp][lane_id * LANE_COLS + k] = col_sum[k];
   __syncthreads();
   double sum = 0.0;
-  for (i32 i = 0; i < WARPS; ++i) sum += (double)columns[i][threadIdx.x];
+  for (i32 i = 0; i < WARPS; ++i) sum += to_double(columns[i][threadIdx.x]);
   float* col_out = (float*)s.part_col + (i64)(tile.row0 / TILE_ROWS) * (s.col1 - s.col0);
   i32 col = tile.group * TILE_COLS + (i32)threadIdx.x;
   if (col >= s.col0 && col < s.col1) col_out[col - s.col0] = to_float(sum);

@@ -10,9 +10,10 @@
 struct Window {
   i32 row0, count;  // stored rows
   i32 col, block;   // of this lane
+  i32 local;        // the column it reads, from the tile's first
   bool fast, on;    // on: this lane writes (fast rows only)
   bool leads;       // this lane writes its block's statistics (fast rows only)
-  u64 param, grad, m_codes, v_codes, m_absmax, v_absmax;  // of this lane's columns in the next row
+  u64 param, grad, m_codes, v_codes, m_absmax, v_absmax;  // of this lane's columns in the first row
   u32 param_step, grad_step, code_step, absmax_step;      // bytes from row to row
 
   DEVICE Window(const Slab& s, const Live& live, const Tile& tile, i32 warp, i32 lane_id) {
@@ -38,11 +39,59 @@ struct Window {
     bool even = aligned(param | param_step | grad | grad_step, 16) &&
                 aligned(m_codes | v_codes | (u64)code_step, 4);
     fast = __all_sync(FULL_MASK, even && !cut && live.grad != 0 && (on || !lane.some()));
+    local = (fast ? from : col) - tile.group * TILE_COLS;
   }
 
-  DEVICE void next() {
-    param += param_step, grad += grad_step, m_codes += code_step, v_codes += code_step;
-    m_absmax += absmax_step, v_absmax += absmax_step;
+  // Addresses in the i-th row.
+  DEVICE u64 param_at(i32 i) const { return param + (u64)(u32)i * param_step; }
+  DEVICE u64 grad_at(i32 i) const { return grad + (u64)(u32)i * grad_step; }
+  DEVICE u64 m_codes_at(i32 i) const { return m_codes + (u64)(u32)i * code_step; }
+  DEVICE u64 v_codes_at(i32 i) const { return v_codes + (u64)(u32)i * code_step; }
+  DEVICE u64 m_absmax_at(i32 i) const { return m_absmax + (u64)(u32)i * absmax_step; }
+  DEVICE u64 v_absmax_at(i32 i) const { return v_absmax + (u64)(u32)i * absmax_step; }
+};
+
+// One row of a warp on its way from global memory, lane by lane. Where parameters and gradients have 16 bits,
+// rows are fetched one ahead: there is enough arithmetic to hide the loads behind. (With 32 bits it costs: the
+// copies of a lane's two vectors use half of every sector.)
+#define STAGES 2
+#define STAGED (PARAM::vectors + GRAD::vectors == 2)
+struct __align__(16) Stage {
+  uint4 param[PARAM::vectors][32], grad[GRAD::vectors][32];
+  u32 m_codes[32];
+  float m_absmax[32];
+#if SECOND == RANK1 || SECOND == BLOCKED
+  u32 v_codes[32];
+#endif
+#if SECOND == BLOCKED
+  float v_absmax[32];
+#endif
+
+  // Start fetching the i-th row, if there is one (fast rows only).
+  DEVICE void fetch(const Window& w, i32 i, i32 lane_id) {
+    if (i < w.count) {
+#pragma unroll
+      for (i32 j = 0; j < PARAM::vectors; ++j) copy16(&param[j][lane_id], w.param_at(i) + 16 * j);
+#pragma unroll
+      for (i32 j = 0; j < GRAD::vectors; ++j) copy16(&grad[j][lane_id], w.grad_at(i) + 16 * j);
+      copy4(&m_codes[lane_id], w.m_codes_at(i));
+      copy4(&m_absmax[lane_id], w.m_absmax_at(i));
+#if SECOND == RANK1 || SECOND == BLOCKED
+      copy4(&v_codes[lane_id], w.v_codes_at(i));
+#endif
+#if SECOND == BLOCKED
+      copy4(&v_absmax[lane_id], w.v_absmax_at(i));
+#endif
+    }
+    end_copies();
+  }
+
+  template <class T>
+  DEVICE static void read(T t, const uint4 (*from)[32], i32 lane_id, float* x) {
+    uint4 a[T::vectors];
+#pragma unroll
+    for (i32 j = 0; j < T::vectors; ++j) a[j] = from[j][lane_id];
+    unpack8(t, a, x);
   }
 };
 
@@ -78,15 +127,20 @@ DEVICE void scale8(float* x, float by) {
   for (i32 k = 0; k < 8; ++k) x[k] = mul(x[k], by);
 }
 
-DEVICE void negate8(float* x) {
+// (AdamW's maximize is in the sign of 1-beta1: the second moment takes squares.)
+DEVICE void orient8(const Hyper& h, float* grad) {
+#if RULE == SGD
+  if (h.maximize) {
 #pragma unroll
-  for (i32 k = 0; k < 8; ++k) x[k] = -x[k];
+    for (i32 k = 0; k < 8; ++k) grad[k] = -grad[k];
+  }
+#endif
 }
 
 DEVICE void load_gradient(const Slab& s, const Live& live, const Hyper& h, i32 row, const Lane& lane,
                           float* x) {
   load_lane(GRAD(), live.grad, element(s, row, lane.col), lane, x);
-  if (h.maximize) negate8(x);
+  orient8(h, x);
 }
 
 // A lane's old first moment where part of the row may be missing.
@@ -100,10 +154,29 @@ DEVICE u32 second_codes(const Slab& s, i32 row, const Lane& lane) {
   return lane.some() ? load_codes(s.v_codes, code_byte(s, row, lane.col), lane) : 0u;
 }
 
-// Row or column statistics of a lane's eight columns; 0 where they are not stored.
-DEVICE void load_columns(u64 base, const Slab& s, i32 col, float* x) {
-  Lane lane(Span{s.col0, s.col1}, col);
-  const float* p = (const float*)base + (col - s.col0);
+// Two maxima over the 16 lanes of a block for little more than the price of one: the lower eight lanes
+// gather the first, the upper eight the second. ``finish`` (value, is second) settles a maximum and gives its
+// reciprocal; every lane then has both.
+struct Scale {
+  float stat, inv;
+};
+
+template <class Finish>
+DEVICE void block_max2(float a, float b, i32 lane_id, Finish finish, Scale& first, Scale& second) {
+  bool upper = lane_id & 8;
+  float mine = upper ? b : a;
+  mine = max_or_nan(mine, __shfl_xor_sync(FULL_MASK, upper ? a : b, 8));
 #pragma unroll
-  for (i32 k = 0; k < 8; ++k) x[k] = lane.has(k) ? p[k] : 0.0f;
+  for (i32 step = 4; step > 0; step /= 2) mine = max_or_nan(mine, __shfl_xor_sync(FULL_MASK, mine, step));
+  Scale own = finish(mine, upper), other;
+  other.stat = __shfl_xor_sync(FULL_MASK, own.stat, 8);
+  other.inv = __shfl_xor_sync(FULL_MASK, own.inv, 8);
+  first = upper ? other : own;
+  second = upper ? own : other;
+}
+
+// Eight consecutive floats of shared memory.
+DEVICE void read8(const float* from, float* x) {
+  float4 a = ((const float4*)from)[0], b = ((const float4*)from)[1];
+  x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
 }

@@ -28,7 +28,8 @@ DEVICE void update8(const Hyper& h, float* param, const float* grad, const float
   float least = magnitude(first[0]);
 #pragma unroll
   for (i32 k = 1; k < 8; ++k) least = min_number(least, magnitude(first[k]));
-  if (tame && h.tame && mul(least, h.f) >= LEAST_NUMERATOR && mul(largest, h.f) <= MOST) {
+  bool unchecked = tame && h.tame && mul(least, h.f) >= LEAST_NUMERATOR && mul(largest, h.f) <= MOST;
+  if (__builtin_expect(unchecked, 1)) {
 #pragma unroll
     for (i32 k = 0; k < 8; ++k) {
       float denominator = add(mul(root_in_range(second[k]), h.g), h.h);

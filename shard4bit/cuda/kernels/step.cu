@@ -5,9 +5,8 @@
 // between the two, ranks may reduce them. apply updates parameters and stores the new moments. (vectors.cu
 // then moves reduced row and column statistics into the state, when nobody reads the old ones any more.)
 
-#ifndef BLOCKS_PER_SM
-#define BLOCKS_PER_SM 3
-#endif
+// Thread blocks of apply at a time: 64 registers a thread, or 80 where that would spill.
+#define BLOCKS_PER_SM (SECOND == RANK1 && sizeof(PARAM::raw) == 4 ? 3 : 4)
 
 DEVICE void load_tables(Tables& shared, const Tables* tables) {
   const u32* from = (const u32*)tables;
@@ -46,7 +45,7 @@ DEVICE void apply_flat(const Slab& s, const Live& live, const Hyper& h, const Ti
     load_lane(PARAM(), live.param, at, lane, param);
     load_lane(GRAD(), live.grad, at, lane, grad);
     load_lane(F32(), s.m_codes, at, lane, first);
-    if (h.maximize) negate8(grad);
+    orient8(h, grad);
 #if SECOND != NONE
     load_lane(F32(), s.v_codes, at, lane, second);
 #endif
@@ -68,49 +67,59 @@ DEVICE void apply_flat(const Slab& s, const Live& live, const Hyper& h, const Ti
   }
 }
 
-// What a warp needs of its columns.
+// Statistics of a tile's columns, in shared memory: RANK1: maxima and reciprocals of the new ones; FACTORED:
+// means.
 struct Columns {
 #if SECOND == RANK1
-  float old[8], inv[8], least;  // column maxima, reciprocals of the new ones, least old one
-#elif SECOND == FACTORED
-  float mean[8], overall, least, most;
+  float old[TILE_COLS], inv[TILE_COLS];
+#else
+  float old[SECOND == FACTORED ? TILE_COLS : 1];
 #endif
-  DEVICE Columns(const Slab& s, const Window& w, const Tile& tile) {
-    i32 col = w.on || !w.fast ? w.col : larger(s.col0, tile.group * TILE_COLS);
-#if SECOND == RANK1
-    load_columns(s.v_col, s, col, old);
-    load_columns(s.new_col, s, col, inv);
-    least = old[0];
-#pragma unroll
-    for (i32 k = 0; k < 8; ++k) inv[k] = inverse(settle(inv[k])), least = min_or_nan(least, old[k]);
-#elif SECOND == FACTORED
-    load_columns(s.v_col, s, col, mean);
-    overall = *(const float*)s.v_mean, least = most = mean[0];
-#pragma unroll
-    for (i32 k = 0; k < 8; ++k) least = min_or_nan(least, mean[k]), most = max_or_nan(most, mean[k]);
-#endif
-  }
 };
+
+DEVICE void load_columns(const Slab& s, const Tile& tile, Columns& columns) {
+#if SECOND == RANK1 || SECOND == FACTORED
+  i32 col = tile.group * TILE_COLS + (i32)threadIdx.x;
+  bool stored = col >= s.col0 && col < s.col1;
+  columns.old[threadIdx.x] = stored ? ((const float*)s.v_col)[col - s.col0] : 0.0f;
+#endif
+#if SECOND == RANK1
+  columns.inv[threadIdx.x] = stored ? inverse(settle(((const float*)s.new_col)[col - s.col0])) : 0.0f;
+#endif
+}
 
 // The statistics of a lane's row among the 32 of its warp, to be passed on by shuffles.
 struct Row {
   float old, inv, top;  // rank-1: maximum, reciprocal of the new one, the new one; factored: old = rho
-  DEVICE Row(const Slab& s, const Window& w, const Columns& c, i32 lane_id) : old(0), inv(0), top(0) {
+  DEVICE Row(const Slab& s, const Window& w, i32 lane_id) : old(0), inv(0), top(0) {
     if (lane_id >= w.count) return;
 #if SECOND == RANK1
     old = ((const float*)s.v_row)[w.row0 + lane_id];
     top = settle(((const float*)s.new_row)[w.row0 + lane_id]);
     inv = inverse(top);
 #elif SECOND == FACTORED
-    old = c.overall == 0.0f ? 0.0f : divide(((const float*)s.v_row)[w.row0 + lane_id], c.overall);
+    float mean = *(const float*)s.v_mean;
+    old = mean == 0.0f ? 0.0f : divide(((const float*)s.v_row)[w.row0 + lane_id], mean);
 #endif
   }
 };
 
 template <bool FAST>
-DEVICE void apply_rows(const Slab& s, const Live& live, const Hyper& h, const Tables& t, Window& w,
-                       const Columns& c, i32 lane_id) {
-  Row mine(s, w, c, lane_id);
+DEVICE void apply_rows(const Slab& s, const Live& live, const Hyper& h, const Tables& t, const Window& w,
+                       const Columns& c, Stage* stages, i32 lane_id) {
+  constexpr bool staged = FAST && STAGED;
+  if (staged) stages[0].fetch(w, 0, lane_id);
+  Row mine(s, w, lane_id);
+#if SECOND == RANK1 || SECOND == FACTORED
+  float by_column[8], least_column, most_column;
+  read8(c.old + w.local, by_column);
+  least_column = most_column = by_column[0];
+#pragma unroll
+  for (i32 k = 1; k < 8; ++k) {
+    least_column = min_or_nan(least_column, by_column[k]);
+    most_column = max_or_nan(most_column, by_column[k]);
+  }
+#endif
   for (i32 i = 0; i < w.count; ++i) {
     i32 row = w.row0 + i;
     Span columns = FAST ? Span{s.col0, s.col1} : span(s, row);
@@ -118,44 +127,57 @@ DEVICE void apply_rows(const Slab& s, const Live& live, const Hyper& h, const Ta
     Block block(s, columns, w.block, row, lane_id);
     float param[8], grad[8], first[8], second[8];
     bool tame = FAST;
+    const Stage& here = stages[staged ? i % STAGES : 0];
+    if (staged) {
+      stages[(i + 1) % STAGES].fetch(w, i + 1, lane_id);
+      wait_copies<1>();
+    }
     if (FAST) {
-      load8(PARAM(), w.param, param);
-      load8(GRAD(), w.grad, grad);
-      signed_values8(t, load4(w.m_codes), first);
-      scale8(first, load_float(w.m_absmax));
-      if (h.maximize) negate8(grad);
+      if (staged) {
+        Stage::read(PARAM(), here.param, lane_id, param);
+        Stage::read(GRAD(), here.grad, lane_id, grad);
+      } else {
+        load8(PARAM(), w.param_at(i), param);
+        load8(GRAD(), w.grad_at(i), grad);
+      }
+      signed_values8(t, staged ? here.m_codes[lane_id] : load4(w.m_codes_at(i)), first);
+      scale8(first, staged ? here.m_absmax[lane_id] : load_float(w.m_absmax_at(i)));
+      orient8(h, grad);
     } else {
       load_lane(PARAM(), live.param, element(s, row, w.col), lane, param);
       load_gradient(s, live, h, row, lane, grad);
       old_first(s, t, row, lane, w.block, first);
     }
 #if SECOND == RANK1 || SECOND == BLOCKED
-    linear_values8(FAST ? load4(w.v_codes) : second_codes(s, row, lane), second);
+    linear_values8(staged ? here.v_codes[lane_id] : FAST ? load4(w.v_codes_at(i)) : second_codes(s, row, lane), second);
 #endif
 #if SECOND == RANK1
     float row_old = __shfl_sync(FULL_MASK, mine.old, i), row_inv = __shfl_sync(FULL_MASK, mine.inv, i);
     float row_top = __shfl_sync(FULL_MASK, mine.top, i);
-    tame &= min_or_nan(row_old, c.least) >= 64.0f * LEAST_RADICAND && row_top <= MOST;
+    tame &= min_or_nan(row_old, least_column) >= 64.0f * LEAST_RADICAND && row_top <= MOST;
 #elif SECOND == BLOCKED
     float scale = 0.0f;
     if (FAST)
-      scale = load_float(w.v_absmax);
+      scale = staged ? here.v_absmax[lane_id] : load_float(w.v_absmax_at(i));
     else if (lane.some())
       scale = ((const float*)s.v_row)[block.place];
     tame &= scale >= 64.0f * LEAST_RADICAND;
 #elif SECOND == FACTORED
     float rho = __shfl_sync(FULL_MASK, mine.old, i);
-    tame &= mul(rho, c.least) >= LEAST_RADICAND && mul(rho, c.most) <= MOST;
+    tame &= mul(rho, least_column) >= LEAST_RADICAND && mul(rho, most_column) <= MOST;
+#endif
+#if SECOND == RANK1 || SECOND == FACTORED
+    read8(c.old + w.local, by_column);
 #endif
 #pragma unroll
     for (i32 k = 0; k < 8; ++k) {
       first[k] = new_first(h, first[k], grad[k], param[k]);
 #if SECOND == RANK1
-      second[k] = new_second(h, mul(second[k], min_or_nan(row_old, c.old[k])), grad[k]);
+      second[k] = new_second(h, mul(second[k], min_or_nan(row_old, by_column[k])), grad[k]);
 #elif SECOND == BLOCKED
       second[k] = new_second(h, mul(second[k], scale), grad[k]);
 #elif SECOND == FACTORED
-      second[k] = mul(rho, c.mean[k]);
+      second[k] = mul(rho, by_column[k]);
 #else
       second[k] = 0.0f;
 #endif
@@ -168,37 +190,42 @@ DEVICE void apply_rows(const Slab& s, const Live& live, const Hyper& h, const Ta
 #endif
     update8(h, param, grad, first, second, largest, tame);
     if (FAST) {
-      if (w.on) store8(PARAM(), w.param, param);
+      if (w.on) store8(PARAM(), w.param_at(i), param);
     } else if (lane.some()) {
       store_lane(PARAM(), live.param, element(s, row, w.col), lane, param);
     }
-    float absmax = block_max(largest);
-    if (!FAST && block.shared) absmax = ((const float*)s.new_m_absmax)[block.place];
-    absmax = settle(absmax);
-    u32 m_word = encode_signed8(t, first, absmax);
-#if SECOND == RANK1
-    u32 v_word = encode_linear8(second, [&](i32 k) { return max_or_nan(row_inv, c.inv[k]); });
-#elif SECOND == BLOCKED
-    float v_absmax = block_max(v_largest);
-    if (!FAST && block.shared) v_absmax = ((const float*)s.new_v_absmax)[block.place];
-    v_absmax = settle(v_absmax);
-    float inv = inverse(v_absmax);
-    u32 v_word = encode_linear8(second, [&](i32) { return inv; });
+    auto finish = [&](float stat, bool is_second) {
+      if (!FAST && block.shared)
+        stat = ((const float*)(is_second ? s.new_v_absmax : s.new_m_absmax))[block.place];
+      stat = settle(stat);
+      return Scale{stat, inverse(stat)};
+    };
+    Scale m;
+#if SECOND == BLOCKED
+    Scale v;
+    block_max2(largest, v_largest, lane_id, finish, m, v);
+    u32 v_word = encode_linear8(second, [&](i32) { return v.inv; });
+#else
+    m = finish(block_max(largest), false);
 #endif
+#if SECOND == RANK1
+    read8(c.inv + w.local, by_column);
+    u32 v_word = encode_linear8(second, [&](i32 k) { return max_or_nan(row_inv, by_column[k]); });
+#endif
+    u32 m_word = encode_signed8(t, first, m.stat, m.inv);
     bool writes = FAST ? w.on : lane.some(), leads = FAST ? w.leads : block.writes;
 #if SECOND == RANK1 || SECOND == BLOCKED
-    if (FAST && writes) store4(w.v_codes, v_word);
+    if (FAST && writes) store4(w.v_codes_at(i), v_word);
     if (!FAST && writes) store_codes(s.v_codes, code_byte(s, row, w.col), lane, v_word);
 #endif
-    if (FAST && writes) store4(w.m_codes, m_word);
+    if (FAST && writes) store4(w.m_codes_at(i), m_word);
     if (!FAST && writes) store_codes(s.m_codes, code_byte(s, row, w.col), lane, m_word);
     if (leads) {
-      store_float(FAST ? w.m_absmax : s.m_absmax + 4 * block.place, absmax);
+      store_float(FAST ? w.m_absmax_at(i) : s.m_absmax + 4 * block.place, m.stat);
 #if SECOND == BLOCKED
-      store_float(FAST ? w.v_absmax : s.v_row + 4 * block.place, v_absmax);
+      store_float(FAST ? w.v_absmax_at(i) : s.v_row + 4 * block.place, v.stat);
 #endif
     }
-    if (FAST) w.next();
   }
 }
 
@@ -206,22 +233,23 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
     apply(const Tile* tiles, const Slab* slabs, const Live* lives, const Hyper* hypers,
           const Tables* tables) {
   __shared__ Tables shared;
-  load_tables(shared, tables);
+  __shared__ __align__(16) Columns columns;
+  __shared__ Stage stages[STAGED ? WARPS : 1][STAGED ? STAGES : 1];
   i32 warp = threadIdx.x / 32, lane_id = threadIdx.x & 31;
   Tile tile = tiles[blockIdx.x];
   Live live = lives[tile.slab];
-  if (!live.active) return;  // whole blocks; no barrier follows
+  if (!live.active) return;  // whole blocks
   const Slab& s = slabs[tile.slab];
   const Hyper h = hypers[live.hyper];
   if (s.kind == FP32_MOMENTS) {
     apply_flat(s, live, h, tile, warp, lane_id);
     return;
   }
+  load_columns(s, tile, columns);
+  load_tables(shared, tables);  // ends with a barrier
   Window w(s, live, tile, warp, lane_id);
-  if (w.count == 0) return;  // whole warps
-  Columns columns(s, w, tile);
   if (w.fast)
-    apply_rows<true>(s, live, h, shared, w, columns, lane_id);
+    apply_rows<true>(s, live, h, shared, w, columns, stages[STAGED ? warp : 0], lane_id);
   else
-    apply_rows<false>(s, live, h, shared, w, columns, lane_id);
+    apply_rows<false>(s, live, h, shared, w, columns, stages[STAGED ? warp : 0], lane_id);
 }

@@ -31,7 +31,7 @@ extern "C" __global__ void gather_sums(const Tile* tiles, const Slab* slabs) {
   double* to = (double*)(tile.group == COLS ? s.new_col : s.new_row) + tile.row0;
   for (i32 i = threadIdx.x; i < tile.rows; i += blockDim.x) {
     double sum = 0.0;
-    for (i32 part = 0; part < parts; ++part) sum += (double)from[(i64)part * stride + i];
+    for (i32 part = 0; part < parts; ++part) sum += to_double(from[(i64)part * stride + i]);
     to[i] = sum;
   }
 }

@@ -1,0 +1,244 @@
+"""fsdp.wrap, and training FSDP2 models of all sorts with real gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+import shard4bit
+from shard4bit.errors import LayoutError
+from tests.fsdp import models
+from tests.fsdp.models import Arrays, Toy, canonical, fit, same
+from tests.pool import pool
+
+OPTIONS: dict[str, Any] = {"lr": 5e-3, "weight_decay": 0.1}
+ROUNDS = 50
+
+
+def message(call: Any, kind: type[Exception]) -> str:
+    with pytest.raises(kind) as caught:
+        call()
+    return str(caught.value)
+
+
+# ---- groups ------------------------------------------------------------------------------------
+
+
+def by_patterns() -> tuple[list[dict[str, Any]], Arrays, Arrays]:
+    """wrap's groups, and everything after a few steps with them and with groups made by hand."""
+    model = models.shard_toy(Toy())
+    optimizer = shard4bit.fsdp.wrap(
+        model,
+        shard4bit.AdamW4bit,
+        no_decay=["*.bias", "norm.*"],
+        full_precision=["first.weight"],
+        **OPTIONS,
+    )
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    fit(model, optimizer, 0, 3)
+    other = models.shard_toy(Toy())
+    named = dict(other.named_parameters())
+    plain = [n for n in named if n.endswith(".bias") or n == "norm.weight"]
+    rest = [n for n in named if n not in (*plain, "first.weight")]
+    by_hand = shard4bit.AdamW4bit(
+        [
+            {"params": [named["first.weight"]], "quantize": False},
+            {"params": [named[n] for n in plain if "frozen" not in n], "weight_decay": 0.0},
+            {"params": [named[n] for n in rest if "frozen" not in n]},
+        ],
+        **OPTIONS,
+    )
+    fit(other, by_hand, 0, 3)
+    return groups, canonical(model, optimizer), canonical(other, by_hand)
+
+
+def test_groups_by_patterns() -> None:
+    for groups, found, expected in pool(2).run(by_patterns):
+        members = {frozenset(g["param_names"]): (g["weight_decay"], g["quantize"]) for g in groups}
+        biases = {"first.bias", "norm.weight", "norm.bias", "hidden.bias", "last.bias"}
+        assert members == {
+            frozenset({"first.weight"}): (0.1, False),
+            frozenset(biases): (0.0, True),
+            frozenset({"hidden.weight", "last.weight"}): (0.1, True),
+        }
+        assert all(g["lr"] == 5e-3 for g in groups)
+        same(found, expected)
+        assert "state/first.weight/exp_avg" in found and "state/hidden.weight/exp_avg_codes" in found
+        assert not any(k.startswith("state/frozen") for k in found)
+
+
+def sgd_and_bare() -> tuple[str, list[str], str]:
+    model = models.shard_toy(Toy())
+    sgd = shard4bit.fsdp.wrap(model, shard4bit.SGD4bit, lr=0.1, momentum=0.8)
+    (group,) = sgd.param_groups
+    bad = message(lambda: shard4bit.fsdp.wrap(model, shard4bit.AdamW4bit, lr=-1.0), ValueError)
+    return type(sgd).__name__, group["param_names"], bad
+
+
+def test_without_patterns_and_with_bad_options() -> None:
+    trainable = [n for n, p in Toy().named_parameters() if p.requires_grad]
+    for kind, names, bad in pool(2).run(sgd_and_bare):
+        assert kind == "SGD4bit" and names == trainable
+        assert "lr=-1" in bad
+
+
+def refusals() -> list[str]:
+    def wrap(model: nn.Module, **options: Any) -> Any:
+        return lambda: shard4bit.fsdp.wrap(model, shard4bit.AdamW4bit, **options)
+
+    model = models.shard_toy(Toy())
+    cpu = torch.device("cpu")
+    return [
+        message(wrap(model, no_decay=["*.bais"]), ValueError),
+        message(wrap(model, full_precision=["*.bias", "nothing"]), ValueError),
+        message(wrap(model, no_decay=["frozen.*"]), ValueError),  # only parameters that are not trained
+        message(wrap(Toy()), LayoutError),
+        message(wrap(FullyShardedDataParallel(Toy(), device_id=cpu, use_orig_params=True)), LayoutError),
+        message(wrap(nn.Sequential(FullyShardedDataParallel(nn.Linear(9, 9), device_id=cpu))), LayoutError),
+    ]
+
+
+def test_refusals() -> None:
+    for texts in pool(2).run(refusals):
+        for text, words in zip(
+            texts,
+            [
+                ("'*.bais'", "no trainable", "first.weight"),
+                ("'nothing'",),
+                ("'frozen.*'",),
+                ("not sharded", "fully_shard"),
+                ("FSDP1",),
+                ("FSDP1",),
+            ],
+            strict=True,
+        ):
+            assert all(w in text for w in words), text
+
+
+def over_fsdp1() -> tuple[str, bool]:
+    """A plain optimizer over FSDP1: the first step's error, and whether the parameters are as before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        inner = nn.Sequential(nn.Linear(70, 90), nn.ReLU(), nn.Linear(90, 3))
+    cpu = torch.device("cpu")
+    model = FullyShardedDataParallel(inner, device_id=cpu)
+    optimizer = shard4bit.AdamW4bit(model.parameters())
+    model(torch.ones(4, 70)).sum().backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    text = message(optimizer.step, LayoutError)
+    again = message(optimizer.state_dict, LayoutError)
+    unchanged = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    return text, unchanged and text == again and not any(optimizer.state.values())
+
+
+def test_a_plain_optimizer_over_fsdp1_is_refused_on_all_ranks() -> None:
+    for text, unchanged in pool(2).run(over_fsdp1):
+        assert "FSDP1" in text and "shard4bit.fsdp.wrap" in text and "param_groups[0]" in text
+        assert unchanged
+
+
+# ---- training ----------------------------------------------------------------------------------
+
+
+BF16 = torch.bfloat16
+SHARDING: dict[str, dict[str, Any]] = {
+    "mixed": {"mp_policy": MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=torch.float32)},
+    "mixed reduce": {"mp_policy": MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=BF16)},
+    "kept": {"reshard_after_forward": False},
+    "reshards": {"reshard_after_forward": True},
+}
+
+
+def trained(how: str, kind: str, rounds: int) -> tuple[list[float], Arrays]:
+    """This rank's losses and the model in whole. ``kind`` "torch" is torch's AdamW with fp32 moments."""
+    if how == "meta":
+        with torch.device("meta"):
+            model = models.shard_toy(Toy())
+        model.to_empty(device="cpu")
+        _initialize(model)
+    else:
+        plain = Toy().to(BF16) if how == "bf16" else Toy()
+        model = models.shard_toy(plain, **SHARDING.get(how, {}))
+    optimizer: Any = torch.optim.AdamW(model.parameters(), **OPTIONS)
+    if kind != "torch":
+        optimizer = shard4bit.fsdp.wrap(model, shard4bit.AdamW4bit, second_moment=kind, **OPTIONS)
+    return fit(model, optimizer, 0, rounds), canonical(model)
+
+
+def _initialize(model: Any) -> None:
+    """Values of an ordinary Toy for one that was made on the meta device."""
+    ordinary = Toy()
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            whole = dict([*ordinary.named_parameters(), *ordinary.named_buffers()])[name].detach()
+            tensor.copy_(models.scatter(whole, tensor))
+
+
+LEARNT = [("plain", "rank1"), ("plain", "block"), ("plain", "factored")] + [
+    (how, "rank1") for how in ("mixed", "mixed reduce", "bf16", "meta")
+]
+
+
+@pytest.mark.parametrize("how, kind", LEARNT)
+def test_the_loss_falls_as_with_fp32_moments(how: str, kind: str) -> None:
+    reference = pool(2).run(trained, "plain" if how == "meta" else how, "torch", ROUNDS)
+    for (losses, arrays), (theirs, _) in zip(pool(2).run(trained, how, kind, ROUNDS), reference, strict=True):
+        first, last, expected = np.mean(losses[:5]), np.mean(losses[-10:]), np.mean(theirs[-10:])
+        assert last < 0.5 * first, (first, last)
+        assert last < 1.25 * expected + 0.02, (last, expected)
+        assert arrays["model/hidden.weight"].dtype == (np.int16 if how == "bf16" else np.float32)
+
+
+def test_resharding_after_forward_and_the_meta_device_change_nothing() -> None:
+    plain, *others = (pool(2).run(trained, how, "rank1", 12) for how in ("plain", "kept", "reshards", "meta"))
+    for other in others:
+        for (losses, arrays), (expected, whole) in zip(other, plain, strict=True):
+            assert losses == expected
+            same(arrays, whole)
+
+
+def on_meta() -> tuple[str, bool]:
+    """An optimizer built before the model is materialized."""
+    with torch.device("meta"):
+        model = models.shard_toy(Toy())
+    optimizer = shard4bit.fsdp.wrap(model, shard4bit.AdamW4bit, **OPTIONS)
+    text = message(optimizer.state_dict, LayoutError)
+    model.to_empty(device="cpu")
+    _initialize(model)
+    losses = fit(model, optimizer, 0, ROUNDS)
+    return text, np.mean(losses[-10:]) < 0.5 * np.mean(losses[:5])
+
+
+def test_the_meta_device_is_refused_until_the_model_is_real() -> None:
+    for text, fell in pool(2).run(on_meta):
+        assert "meta" in text and "to_empty" in text
+        assert fell
+
+
+def clipped() -> tuple[float, float, bool]:
+    """Gradients clipped by torch; the learning rate a tensor."""
+    model = models.shard_toy(Toy())
+    optimizer = shard4bit.fsdp.wrap(model, shard4bit.AdamW4bit, lr=torch.tensor(5e-3))
+    x, y = models.batch(0, dist.get_rank())
+    (model(x) - y).square().mean().backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    whole = [p.grad.full_tensor() for p in model.parameters() if p.grad is not None]  # type: ignore[attr-defined]
+    clipped_norm = torch.cat([g.reshape(-1) for g in whole]).norm()
+    before = canonical(model)
+    optimizer.step()
+    moved = canonical(model)["model/hidden.weight"].tobytes() != before["model/hidden.weight"].tobytes()
+    total = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return float(total), float(clipped_norm), moved
+
+
+def test_clipping_and_a_tensor_learning_rate() -> None:
+    for norm, after, moved in pool(2).run(clipped):
+        assert norm > 0.1 and after == pytest.approx(0.01, rel=1e-3)
+        assert moved
