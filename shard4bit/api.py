@@ -152,8 +152,10 @@ def _compare(manifest: Manifest, inventory: Inventory, pieces: list[Piece], stri
                 f"{piece.key}: the checkpoint has {info.dtype} {info.shape}, this model "
                 f"{piece.dtype} {piece.shape}"
             )
-    ours = inventory.keys()
-    missing, extra = sorted(ours - set(manifest.tensors)), sorted(set(manifest.tensors) - ours)
+    ours, theirs = inventory.keys(), set(manifest.tensors)
+    if inventory.optimizer is None:  # the model alone
+        theirs = {key for key in theirs if not key.startswith("state/")}
+    missing, extra = sorted(ours - theirs), sorted(theirs - ours)
     if strict and (missing or extra):
         raise CheckpointError(
             f"the checkpoint lacks {_some(missing)} and has {_some(extra)} that this model and optimizer "

@@ -15,7 +15,7 @@ from shard4bit.errors import CheckpointError
 from shard4bit.layout import Slab
 from shard4bit.optim.base import Bound, QuantizedOptimizer
 from shard4bit.placement import Placed, place
-from shard4bit.state import Part, parts, state_key
+from shard4bit.state import Moment, Part, parts, state_key
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # torch.compile, activation checkpointing
 _FULL = Part("", "full", torch.float32)
@@ -88,6 +88,8 @@ class Inventory:
                 for part in parts(moment.spec):
                     key = f"state/{name}/{state_key(moment.name, part.suffix)}"
                     data, slab = moment.tensors[part.suffix], bound.placed.slab
+                    if part.suffix == "codes" and not whole_units:
+                        data = _completed(data, bound, part.unit)
                     yield from _pieces(key, slab, data, part, whole_units)
 
     def _dense(self, data: Tensor) -> Tensor:
@@ -150,6 +152,10 @@ class Inventory:
         """After the pieces were filled: take step counts and options."""
         for data, dense in self._copies:
             data.copy_(dense)
+        for bound in self.bound.values():
+            for moment in bound.moments:
+                if "codes" in moment.tensors:
+                    _clear_others(moment)
         for name, bound in self.bound.items():
             known = manifest.parameters.get(name, {})
             if "step" in known:
@@ -171,6 +177,38 @@ def _plain(name: str) -> str:
     return name
 
 
+def _completed(codes: Tensor, bound: Bound, unit: int) -> Tensor:
+    """Codes whose bytes that a column cut divides have both nibbles (a copy, if there are such bytes).
+    Collective on the ranks that share them."""
+    slab = bound.placed.slab
+    for group, neighbours in bound.placed.neighbours:
+        if neighbours.kind != "cols" or not (cut := neighbours.cut_units(slab.view, unit)):
+            continue
+        first, stop = slab.units(unit)
+        here = [(i, byte - first) for i, byte in enumerate(cut) if first <= byte < stop]
+        matrix = codes.clone().view(slab.rows, -1)
+        shared = torch.zeros(len(cut), slab.rows, dtype=torch.float64, device=codes.device)
+        for i, column in here:
+            shared[i] = matrix[:, column].double()
+        group.all_reduce(shared, maximum=False)  # the nibbles of other ranks are 0: the sum is their union
+        for i, column in here:
+            matrix[:, column] = shared[i].to(torch.uint8)
+        codes = matrix.view(codes.shape)
+    return codes
+
+
+def _clear_others(moment: Moment) -> None:
+    """Set nibbles that belong to other ranks to 0, after whole bytes were loaded."""
+    slab, bits = moment.slab, moment.quant.bits
+    if bits == 8 or slab.rows == 0 or slab.width == 0:
+        return
+    codes = moment.matrix("codes")
+    if slab.col0 % 2:
+        codes[:, 0] &= 0xF0
+    if slab.col1 % 2:
+        codes[:, -1] &= 0x0F
+
+
 def _pieces(key: str, slab: Slab, data: Tensor, part: Part, whole_units: bool) -> Iterator[Piece]:
     """One rank's tensor of a parameter as rectangles of contiguous rows."""
     view, unit = slab.view, part.unit
@@ -178,12 +216,7 @@ def _pieces(key: str, slab: Slab, data: Tensor, part: Part, whole_units: bool) -
     if slab.flat:
         raise CheckpointError(f"{key} lies in a flat partition, which cannot be saved yet")
     if unit != 1 and not whole_units and slab.col0 % unit:
-        if part.dtype == torch.uint8:
-            raise CheckpointError(
-                f"{key}: its columns are cut at {slab.col0}, within a byte of codes, which cannot be "
-                "saved yet: shard the columns at even positions"
-            )
-        first += 1  # the rank to the left writes the block that the cut divides
+        first += 1  # the rank to the left writes the block or byte that the cut divides
     if part.role in ("full", "units"):
         shape = (view.rows, -(-view.cols // unit))
         if 0 in shape:

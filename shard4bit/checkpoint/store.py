@@ -59,7 +59,7 @@ def write(root: Path, pieces: Sequence[Piece], about: Manifest) -> Path:
         mine = together(f"planning {final}", lambda: owned(holdings, rank))[rank]
         written = together(
             f"writing {final}",
-            lambda: write_file(hidden / file_name(rank), [p for p in pieces if (p.key, p.rect) in mine]),
+            lambda: write_file(hidden / file_name(rank), _in_file(pieces, mine)),
         )
         together(
             f"publishing {final}",
@@ -69,6 +69,12 @@ def write(root: Path, pieces: Sequence[Piece], about: Manifest) -> Path:
         if rank == 0 and hidden.exists():
             shutil.rmtree(hidden, ignore_errors=True)
     return final
+
+
+def _in_file(pieces: Sequence[Piece], mine: set[tuple[str, Rect]]) -> list[Piece]:
+    """This rank's share, elements of many bytes first, so that every tensor is aligned to its elements."""
+    share = [p for p in pieces if (p.key, p.rect) in mine]
+    return sorted(share, key=lambda p: -p.data.element_size())
 
 
 def _make_directory(root: Path, final: Path) -> str:

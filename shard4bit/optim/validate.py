@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+#: options of torch's optimizers that would change what they compute, and that ours do not have
+UNSUPPORTED = ("amsgrad", "capturable", "differentiable", "foreach", "fused", "decoupled_weight_decay")
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -19,7 +22,7 @@ def number(group: Mapping[str, Any], name: str, low: float, high: float, *, open
 
 def check_number(name: str, value: Any, low: float, high: float, *, open_end: bool) -> None:
     is_tensor = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
-    if isinstance(value, bool) or not (isinstance(value, int | float) or is_tensor):
+    if isinstance(value, bool) or not (isinstance(value, numbers.Real) or is_tensor):
         raise ValueError(f"{name}={value!r}: expected a number")
     x = float(value)
     if not math.isfinite(x) or x < low or x > high or (open_end and x == high):
@@ -47,6 +50,9 @@ def no_unknown_keys(group: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     """
     import difflib
 
+    for key in UNSUPPORTED:
+        if group.get(key) and key not in known:
+            raise ValueError(f"{key}={group[key]!r} in a parameter group: not an option of this optimizer")
     let_through = {"params", "param_names", "name", "lr_scale"}
     for key in group:
         if key in known or key in let_through or key.startswith(("initial_", "base_", "max_", "min_")):
