@@ -52,7 +52,7 @@ def save(
     """
     root = Path(root)
 
-    def collect() -> tuple[list[Piece], Manifest]:
+    def collect() -> tuple[Inventory, Manifest]:
         if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 10**10:
             raise CheckpointError(f"step={step!r}: expected an integer in [0, 10^10)")
         if not parameters and optimizer is None:
@@ -72,10 +72,10 @@ def save(
             },
             extra=checked_json(extra),
         )
-        return list(inventory.pieces(whole_units=False)), about
+        return inventory, about
 
-    pieces, about = _everywhere("preparing to save", collect)
-    return store.write(root, pieces, about)
+    inventory, about = _everywhere("preparing to save", collect)
+    return store.write(root, _own_pieces(inventory), about)
 
 
 def load(
@@ -120,12 +120,17 @@ def digest(model: nn.Module, optimizer: QuantizedOptimizer | None = None) -> str
     tensors, the same for every sharding and number of ranks; one flipped bit changes it. Collective.
     """
 
-    def collect() -> tuple[list[Piece], list[str]]:
+    def collect() -> tuple[Inventory, list[str]]:
         inventory = Inventory(model, optimizer, parameters=True, frozen=True)
-        facts = [f"{k} {v['shape']} {v.get('step')}" for k, v in inventory.facts().items()]
-        return list(inventory.pieces(whole_units=False)), facts
+        return inventory, [f"{k} {v['shape']} {v.get('step')}" for k, v in inventory.facts().items()]
 
-    return _digest(*_everywhere("preparing a digest", collect))
+    inventory, facts = _everywhere("preparing a digest", collect)
+    return _digest(_own_pieces(inventory), facts)
+
+
+def _own_pieces(inventory: Inventory) -> list[Piece]:
+    """What this rank holds. Ranks exchange halves of cut bytes here, so all must have come this far."""
+    return _everywhere("collecting tensors", lambda: list(inventory.pieces(whole_units=False)))
 
 
 def _everywhere(what: str, work: Any) -> Any:

@@ -17,7 +17,10 @@ TORCH = "torch==2.13.0"
 REQUIREMENTS = ROOT / "requirements-dev.txt"
 NEW_ENOUGH = "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 11)"
 FOR_DEMO = ["torch", "numpy", "safetensors", "xxhash", "tqdm", "matplotlib"]
-MODULE_OF = {"pytest-timeout": "pytest_timeout"}  # where the import name is not the package's
+MODULE_OF = {
+    "pytest-timeout": "pytest_timeout",
+    "nvidia-cuda-nvrtc": "nvidia.cu13",
+}  # where the import name is not the package's
 
 
 def fail(message):

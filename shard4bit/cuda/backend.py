@@ -52,6 +52,17 @@ def _is_tame(scalars: Scalars) -> bool:
     return scalars["beta2"] >= 0.25 and scalars["root"] <= 2.0**14 and scalars["eps"] <= 2.0**14
 
 
+def _pack_scalars(record: Any, work: Work, *, adamw: bool) -> None:
+    """Fill a Hyper of kernels/slabs.cuh."""
+    scalars, names = work.scalars, _SCALARS["adamw" if adamw else "sgd"]
+    record["scalars"][: len(names)] = [scalars[name] for name in names]
+    record["maximize"], record["first"] = work.maximize, scalars.get("first", 0.0)
+    if adamw:
+        record["tame"] = _is_tame(scalars)
+        if work.maximize:
+            record["scalars"][1] *= -1  # 1 - beta1: the only place where a gradient's sign counts
+
+
 @dataclass
 class Batch:
     """Works of one kernel configuration, with their tables on the device."""
@@ -141,26 +152,18 @@ class KernelBackend:
     def _upload(self, batch: Batch) -> None:
         """Addresses, activity and scalars of this step, in one copy."""
         works, live = batch.works, batch.live
-        known: dict[tuple[int, bool], int] = {}
-        hypers: list[tuple[Scalars, bool]] = []
-        rows = []
-        for work in works:
-            key = (id(work.scalars), work.maximize)
-            index = known.get(key)
-            if index is None:
-                index = known[key] = len(hypers)
-                hypers.append((work.scalars, work.maximize))
-            grad = work.grad.data_ptr() if work.grad is not None else 0
-            rows.append((work.param.data_ptr(), grad, index, work.active))
-        live[:] = rows
+        hypers = {(id(w.scalars), w.maximize): w for w in works}
+        live["param"] = [w.param.data_ptr() for w in works]
+        live["grad"] = [0 if w.grad is None else w.grad.data_ptr() for w in works]
+        live["active"] = [w.active for w in works]
+        if len(hypers) == 1:
+            live["hyper"] = 0
+        else:
+            number = {key: i for i, key in enumerate(hypers)}
+            live["hyper"] = [number[id(w.scalars), w.maximize] for w in works]
         packed = np.zeros(len(hypers), tables.HYPER)
-        names = _SCALARS["sgd" if batch.config.rule == "SGD" else "adamw"]
-        for record, (scalars, maximize) in zip(packed, hypers, strict=True):
-            record["scalars"][: len(names)] = [scalars[name] for name in names]
-            record["maximize"], record["first"] = maximize, scalars.get("first", 0.0)
-            if maximize and batch.config.rule == "ADAMW":
-                record["scalars"][1] *= -1  # 1 - beta1: the only place where a gradient's sign counts
-            record["tame"] = batch.config.rule == "ADAMW" and _is_tame(scalars)
+        for record, work in zip(packed, hypers.values(), strict=True):
+            _pack_scalars(record, work, adamw=batch.config.rule == "ADAMW")
         self.runtime.upload(np.concatenate([live.view(np.uint8), packed.view(np.uint8)]), batch.live_at)
 
     # ---- plans ----------------------------------------------------------------------------------

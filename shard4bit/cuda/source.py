@@ -28,13 +28,18 @@ class Config:
 
     @property
     def text(self) -> str:
-        return (
-            f"#define PARAM {self.param}\n#define GRAD {self.grad}\n"
-            f"#define ADAMW 0\n#define SGD 1\n#define RULE {self.rule}\n"
-            + "".join(f"#define {name} {i}\n" for i, name in enumerate(SECONDS))
-            + f"#define SECOND {self.second}\n"
-            + _joined(*HEADERS, "rules.cuh", "rows.cuh", "measure.cuh", "step.cu")
-        )
+        return _step_text(self)
+
+
+@lru_cache(maxsize=128)
+def _step_text(config: Config) -> str:
+    return (
+        f"#define PARAM {config.param}\n#define GRAD {config.grad}\n"
+        f"#define ADAMW 0\n#define SGD 1\n#define RULE {config.rule}\n"
+        + "".join(f"#define {name} {i}\n" for i, name in enumerate(SECONDS))
+        + f"#define SECOND {config.second}\n"
+        + _joined(*HEADERS, "rules.cuh", "rows.cuh", "measure.cuh", "step.cu")
+    )
 
 
 def vectors_text() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Set
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,8 @@ from shard4bit.optim.stepping import Bound, StepPlan
 from shard4bit.placement import Placed, place, to_local
 from shard4bit.spec import Full, MomentSpec, is_quantized, parse_spec
 from shard4bit.state import Moment, parts, state_key
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 class QuantizedOptimizer(torch.optim.Optimizer):
@@ -158,7 +161,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     def _plan(self) -> StepPlan:
         """The plan of the parameters now in the groups (ZeRO steps one group at a time)."""
-        key = tuple((id(g), *((id(p), p.requires_grad) for p in g["params"])) for g in self.param_groups)
+        key = tuple(
+            (id(g), *map(id, g["params"]), *map(_REQUIRES_GRAD, g["params"])) for g in self.param_groups
+        )
         if key not in self._plans:
             self.bind()
             if len(self._plans) >= 16:  # of parameters frozen and thawed in ever new ways

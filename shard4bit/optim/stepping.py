@@ -33,6 +33,7 @@ class Bound:
     row: int  # of that vector
     work: Work
     pointer: int = 0  # of the parameter's memory when ``work.param`` was made
+    accepted: Any = None  # (dtype, shape, device, layout) of the last gradient that was checked
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,13 +50,17 @@ class Bound:
                         f"a parameter of shape {self.shape} moved to {data.device} after its state was made "
                         f"on {tensor.device}: move the model before building the optimizer"
                     )
+        self.accepted = None
         self.work.param = data.contiguous()
         self.pointer = data.data_ptr() if self.work.param is data else 0
 
     def take_gradient(self, grad: Tensor) -> None:
         """Check a gradient and make it ``work.grad``, dense. Raises ValueError."""
-        validate.gradient(grad, self.work.param, f"parameter of shape {self.shape}")
-        self.work.grad = grad.contiguous()
+        kind = (grad.dtype, grad.shape, grad.device, grad.layout)
+        if kind != self.accepted:
+            validate.gradient(grad, self.work.param, f"parameter of shape {self.shape}")
+            self.accepted = kind
+        self.work.grad = grad if grad.is_contiguous() else grad.contiguous()
 
     def release(self) -> None:
         """Hold neither the gradient nor a dense copy of the parameter until the next step."""
@@ -110,8 +115,10 @@ class StepPlan:
         """Bring every work up to date. Returns the first error instead of raising it."""
         failure: BaseException | None = None
         counts = self.steps.tolist()
-        scalars: dict[tuple[int, int, float], Scalars] = {}
+        scalars: dict[tuple[int, int], dict[float, Scalars]] = {}
         signature: list[Any] = []
+        known: dict[float, Scalars] = {}
+        last: tuple[Any, Any] = (None, None)
         for bound, group in self.members:
             work, grad = bound.work, bound.placed.grad()
             try:
@@ -119,12 +126,14 @@ class StepPlan:
                     bound.refresh()
                 if grad is not None:
                     bound.take_gradient(grad)
-                count = counts[bound.row]
-                key = (id(group), id(bound.rule), count)
-                if key not in scalars:
+                if group is not last[0] or bound.rule is not last[1]:
                     self._check_rule(bound, group)
-                    scalars[key] = bound.rule.scalars(group, int(count) + 1)
-                work.scalars, work.maximize = scalars[key], group["maximize"]
+                    last = (group, bound.rule)
+                    known = scalars.setdefault((id(group), id(bound.rule)), {})
+                count = counts[bound.row]
+                if count not in known:
+                    known[count] = bound.rule.scalars(group, int(count) + 1)
+                work.scalars, work.maximize = known[count], group["maximize"]
             except Exception as error:  # the other ranks must hear of it before it is raised
                 failure, grad = failure or error, None
             work.active = grad is not None
