@@ -10,7 +10,7 @@ DEMO_ARGS ?=
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-all check format clean
+.PHONY: help env demo test test-all test-gpu check format clean
 
 help: ## list the targets (this text)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -31,6 +31,11 @@ test-all: $(STAMP) ## run every test, slow and GPU ones too; the output is kept 
 	@mkdir -p docs
 	@$(BIN)/python -m pytest tests $(TEST_FLAGS) -rs 2>&1 \
 		| sed -u -e 's#$(CURDIR)/##g' -e "s#$$HOME#~#g" | tee docs/test-all.txt
+
+test-gpu: $(STAMP) ## run the tests that need a GPU; the output is kept in docs/test-gpu.txt
+	@mkdir -p docs
+	@$(BIN)/python -m pytest tests/gpu $(TEST_FLAGS) -v -rs 2>&1 \
+		| sed -u -e 's#$(CURDIR)/##g' -e "s#$$HOME#~#g" | tee docs/test-gpu.txt
 
 check: $(STAMP) ## lint, check the format and the types, check the import directions
 	@$(BIN)/python -m ruff check .

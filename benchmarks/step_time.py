@@ -20,7 +20,10 @@ CASES = [
     *[(name, "fp32", "llama") for name in ("torch_fused", "block", "rank1")],
     *[(name, "fp32", "small") for name in ("torch_fused", "rank1")],
 ]
-PEERS = [("torch_foreach", "bf16", "llama"), ("flashoptim", "bf16", "llama"), ("torchao4", "bf16", "llama")]
+PEERS = [
+    *[(name, "bf16", "llama") for name in ("torch_foreach", "flashoptim", "bitsandbytes8", "torchao4")],
+    *[(name, "fp32", "llama") for name in ("flashoptim", "bitsandbytes8")],
+]
 
 
 def make_optimizer(name: str, params: list[Any], dtype: str) -> Any:
@@ -35,6 +38,10 @@ def make_optimizer(name: str, params: list[Any], dtype: str) -> Any:
         from flashoptim import FlashAdamW
 
         return FlashAdamW(params, master_weight_bits=24 if dtype == "bf16" else None, **options)
+    if name == "bitsandbytes8":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(params, **options)
     if name == "torchao4":
         from torchao.optim import AdamW4bit
 

@@ -82,14 +82,15 @@ class Rank:
         names: tuple[str, ...],
         specs: list[MomentSpec],
         neighbours: list[tuple[Any, Neighbours]],
+        device: str = "cpu",
     ) -> Rank:
-        cpu = torch.device("cpu")
-        moments = [Moment.zeros(n, s, slab, cpu) for n, s in zip(names, specs, strict=True)]
+        place = torch.device(device)
+        moments = [Moment.zeros(n, s, slab, place) for n, s in zip(names, specs, strict=True)]
         links = tuple(make_link(g, n, slab, specs) for g, n in neighbours)
-        return Rank(slab, take(whole, slab), moments, links)
+        return Rank(slab, take(whole, slab).to(place), moments, links)
 
     def step(self, rule: Rule, whole_grad: Tensor | None, scalars: Any) -> None:
-        grad = None if whole_grad is None else take(whole_grad, self.slab)
+        grad = None if whole_grad is None else take(whole_grad, self.slab).to(self.param.device)
         work = Work(
             self.slab, self.moments, self.param, grad, scalars, links=self.links, active=grad is not None
         )
@@ -116,7 +117,7 @@ def assemble(ranks: list[Rank], key: str) -> Tensor:
             for part in parts(moment.spec):
                 if state_key(moment.name, part.suffix) != key:
                     continue
-                slab, tensor = rank.slab, moment.tensors[part.suffix]
+                slab, tensor = rank.slab, moment.tensors[part.suffix].cpu()
                 if part.role == "scalar":
                     out = tensor if out is None else out
                     assert torch.equal(out, tensor) or bool(tensor.isnan())

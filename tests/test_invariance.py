@@ -114,6 +114,7 @@ def run(
     scalars: Any,
     steps: int = 4,
     backend: Callable[[], Any] = ReferenceBackend,
+    device: str = "cpu",
 ) -> None:
     """Step the whole matrix (by the reference) and its cut (by ``backend``) side by side and compare
     everything after each step."""
@@ -121,7 +122,7 @@ def run(
     rng = np.random.default_rng(problem["seed"])
     start = torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).to(problem["dtype"])
     whole = Rank.make(Slab.whole(shape), start, names, specs, [])
-    ranks = [Rank.make(slab, start, names, specs, near) for slab, near in cut(problem)]
+    ranks = [Rank.make(slab, start, names, specs, near, device) for slab, near in cut(problem)]
     for rank in ranks:
         rank.backend = backend()
     assert sum(r.slab.numel for r in ranks) == start.numel()
@@ -130,7 +131,7 @@ def run(
         whole.step(rule, grad, h)
         in_threads([partial(r.step, rule, grad, h) for r in ranks])
         for rank in ranks:
-            assert torch.equal(bits(rank.param), bits(take(whole.param.view(shape), rank.slab))), step
+            assert torch.equal(bits(rank.param.cpu()), bits(take(whole.param.view(shape), rank.slab))), step
         for moment in whole.moments:
             for part in parts(moment.spec):
                 expected = moment.tensors[part.suffix]

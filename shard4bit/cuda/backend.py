@@ -73,6 +73,7 @@ class Batch:
     slabs_at: Tensor
     live_at: Tensor
     live: np.ndarray
+    active: list[bool]  # of each work, as last uploaded
     tiles: dict[str, tuple[Tensor, int]]
     zeroed: Tensor  # workspace that measure starts from zero
     keep: list[Tensor]  # memory that the tables point to
@@ -109,7 +110,7 @@ class KernelBackend:
     def apply(self, rule: Rule, works: Works) -> None:
         batches, others = self._planned(rule, works)
         for batch in batches:
-            if any(not w.active for w in batch.works):
+            if [w.active for w in batch.works] != batch.active:  # the reduction changed it
                 self._upload(batch)
             if batch.config.second == "FACTORED":
                 self._vectors("advance_means", batch, "means", hyper=True)
@@ -255,6 +256,7 @@ class _Builder:
             slabs_at=self.runtime.upload(self.slabs),
             live_at=torch.zeros(room, dtype=torch.uint8, device=self.runtime.device),
             live=live,
+            active=[],
             tiles=tiles,
             zeroed=pools["zeroed"],
             keep=list(pools.values()),

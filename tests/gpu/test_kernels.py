@@ -9,6 +9,10 @@ import pytest
 import torch
 
 import shard4bit
+from shard4bit.dispatch import backend_for
+from shard4bit.maths.update import ADAMW
+from shard4bit.spec import parse_spec
+from tests.test_invariance import adamw_scalars, run
 from tests.test_oracle_agreement import random_grads
 
 pytestmark = [
@@ -106,3 +110,81 @@ def test_factored() -> None:
         for key, value in host.state[p].items():
             if key.endswith("mean"):
                 torch.testing.assert_close(device.state[q][key].cpu(), value, rtol=2.0**-19, atol=0)
+
+
+def on_gpu() -> Any:
+    return backend_for(torch.device("cuda", torch.cuda.current_device()))
+
+
+CUTS = {
+    "run": {"row_cuts": [0.21, 0.5, 0.73], "col_cuts": []},
+    "rows": {"row_cuts": [0.3, 0.31], "col_cuts": []},
+    "cols": {"row_cuts": [], "col_cuts": [0.27, 0.5]},
+    "grid": {"row_cuts": [0.6], "col_cuts": [0.333]},
+}
+
+
+@pytest.mark.parametrize("special", [None, "nan"])
+@pytest.mark.parametrize("kind", CUTS)
+@pytest.mark.parametrize("second", ["rank1", "block"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sharding_invariance(dtype: str, second: str, kind: str, special: str | None) -> None:
+    """Cut slabs on the GPU against the whole matrix of the CPU reference, bit for bit."""
+    specs = [
+        parse_spec("B128/DE", signed=True, argument="first"),
+        parse_spec(second, signed=False, argument="second"),
+    ]
+    for number, shape in enumerate([(40, 384), (33, 301), (300, 128)]):
+        problem = {"shape": shape, "kind": kind, **CUTS[kind], "mode": number + 1, "special": special}
+        problem |= {"seed": number, "dtype": DTYPES[dtype]}
+        run(ADAMW, problem, specs, adamw_scalars, backend=on_gpu, device="cuda")
+
+
+def test_factored_is_the_same_every_time() -> None:
+    found = []
+    for _ in range(2):
+        _, device, _, others = pair(
+            torch.bfloat16, lambda p: shard4bit.AdamW4bit(p, second_moment="factored")
+        )
+        for step in range(3):
+            set_grads(others, step, 4)
+            device.step()
+        found.append([p.detach().cpu() for p in others])
+    assert all(equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("second", ["rank1", "block", "factored"])
+def test_a_step_allocates_nothing_and_waits_for_nothing(second: str) -> None:
+    params = [torch.nn.Parameter(torch.randn(512, 1024, device="cuda")) for _ in range(4)]
+    optimizer = shard4bit.AdamW4bit(params, second_moment=second)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    for _ in range(3):
+        optimizer.step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.max_memory_allocated() == before == torch.cuda.memory_allocated()
+
+
+def test_a_large_tensor() -> None:
+    """More than 2^31 elements: the last rows equal those of the same rows alone (block statistics)."""
+    rows, cols, tail = 1_100_000, 2048, 64
+    param = torch.nn.Parameter(torch.zeros(rows, cols, device="cuda", dtype=torch.bfloat16))
+    param.grad = torch.zeros_like(param)
+    small = torch.nn.Parameter(torch.zeros(tail, cols, device="cuda", dtype=torch.bfloat16))
+    small.grad = torch.randn(tail, cols, device="cuda", dtype=torch.bfloat16)
+    param.grad[-tail:] = small.grad
+    optimizers = [shard4bit.AdamW4bit([p], second_moment="block") for p in (param, small)]
+    for _ in range(2):
+        for optimizer in optimizers:
+            optimizer.step()
+    assert equal(param.detach()[-tail:], small.detach().cpu())
+    for key, value in optimizers[1].state[small].items():
+        if key != "step":
+            assert equal(optimizers[0].state[param][key][-tail:], value.cpu()), key

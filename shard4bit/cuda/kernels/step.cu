@@ -5,8 +5,14 @@
 // between the two, ranks may reduce them. apply updates parameters and stores the new moments. (vectors.cu
 // then moves reduced row and column statistics into the state, when nobody reads the old ones any more.)
 
-// Thread blocks of apply at a time: 64 registers a thread, or 80 where that would spill.
-#define BLOCKS_PER_SM (SECOND == RANK1 && sizeof(PARAM::raw) == 4 ? 3 : 4)
+// Thread blocks of apply at a time: 64 registers a thread, or 80 where that would spill (fp32 parameters or
+// gradients under rank-1).
+#define BLOCKS_PER_SM (SECOND == RANK1 && PARAM::vectors + GRAD::vectors > 2 ? 3 : 4)
+#if SECOND == RANK1 && __CUDA_ARCH__ >= 1000  // likewise, of measure: there 64 registers spill
+#define MEASURE_BLOCKS_PER_SM 3
+#else
+#define MEASURE_BLOCKS_PER_SM 4
+#endif
 
 DEVICE void load_tables(Tables& shared, const Tables* tables) {
   const u32* from = (const u32*)tables;
@@ -15,7 +21,7 @@ DEVICE void load_tables(Tables& shared, const Tables* tables) {
   __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 4)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, MEASURE_BLOCKS_PER_SM)
     measure(const Tile* tiles, const Slab* slabs, const Live* lives, const Hyper* hypers,
             const Tables* tables) {
   __shared__ Tables shared;
