@@ -3,6 +3,7 @@ the DTensors that carry its state. Uses torch's public API only."""
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,12 +53,7 @@ def to_local(tensor: Tensor) -> Tensor:
 
 def place(param: Tensor, name: str = "a parameter") -> Placed:
     """Describe a parameter. Raises LayoutError, on all ranks, for what cannot be served."""
-    fsdp1 = sys.modules.get("torch.distributed.fsdp")
-    if fsdp1 is not None and isinstance(param, fsdp1.FlatParameter):
-        raise LayoutError(
-            f"{name} is a flat parameter of FSDP1 (FullyShardedDataParallel), whose rows and columns a "
-            "plain optimizer cannot see: build the optimizer with shard4bit.fsdp.wrap(model, ...)"
-        )
+    _refuse_flattened(param, name)
     if is_dtensor(param):
         return _place_dtensor(param, name)
 
@@ -65,6 +61,45 @@ def place(param: Tensor, name: str = "a parameter") -> Placed:
         return param.grad
 
     return Placed(slab=Slab.whole(param.shape), data=param.detach, grad=grad)
+
+
+def _refuse_flattened(param: Tensor, name: str) -> None:
+    """Raise LayoutError for the flat shards of other engines."""
+    fsdp1 = sys.modules.get("torch.distributed.fsdp")
+    if fsdp1 is not None and (
+        isinstance(param, fsdp1.FlatParameter) or getattr(param, "_fsdp_flattened", False)
+    ):
+        raise LayoutError(
+            f"{name} is part of a flat parameter of FSDP1 (FullyShardedDataParallel), whose rows and columns "
+            "a plain optimizer cannot see: shard the model with torch.distributed.fsdp.fully_shard (FSDP2) "
+            "and use shard4bit.fsdp.wrap(model, ...)"
+        )
+    if hasattr(param, "ds_id") and hasattr(param, "ds_tensor"):
+        raise LayoutError(
+            f"{name} is partitioned by DeepSpeed ZeRO stage 3, which is not supported: use stage 1 or 2, or "
+            "torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+
+
+def refuse_stale(params: Sequence[Tensor]) -> None:
+    """Raise LayoutError if plain parameters were replaced by DTensors after the optimizer was built: none
+    belongs to a module any more, while for each a module holds a DTensor of its shape that is not ours.
+
+    Looks at all live modules once, and only where DTensors are in use.
+    """
+    plain = {id(p): p for p in params if not is_dtensor(p)}
+    if not plain or sys.modules.get("torch.distributed.tensor") is None:
+        return
+    modules = [m for m in gc.get_objects() if isinstance(m, torch.nn.Module)]
+    held = {id(p): p for m in modules for p in m.parameters(recurse=False)}
+    ours = set(map(id, params))
+    shapes = {tuple(p.shape) for i, p in held.items() if i not in ours and is_dtensor(p)}
+    if all(i not in held and tuple(p.shape) in shapes for i, p in plain.items()):
+        shape = tuple(next(iter(plain.values())).shape)
+        raise LayoutError(
+            f"parameters, such as one of shape {shape}, were replaced by sharded ones after the optimizer "
+            "was built: build it after fully_shard (or parallelize_module), from the model's new parameters"
+        )
 
 
 def _place_dtensor(param: Any, name: str) -> Placed:

@@ -156,7 +156,8 @@ class KernelBackend:
         hypers = {(id(w.scalars), w.maximize): w for w in works}
         live["param"] = [w.param.data_ptr() for w in works]
         live["grad"] = [0 if w.grad is None else w.grad.data_ptr() for w in works]
-        live["active"] = [w.active for w in works]
+        batch.active = [w.active for w in works]
+        live["active"] = batch.active
         if len(hypers) == 1:
             live["hyper"] = 0
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -85,5 +86,6 @@ class CupyRuntime:
         staging = self.staging.get(id(into))
         if staging is None:
             staging = self.staging[id(into)] = _Staging(into.numel())
+            weakref.finalize(into, self.staging.pop, id(into), None)  # another tensor may get its id
         staging.copy(flat, into)
         return into

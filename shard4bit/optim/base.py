@@ -16,7 +16,7 @@ from shard4bit.errors import LayoutError, StateError
 from shard4bit.maths.update import Rule
 from shard4bit.optim import loading, validate
 from shard4bit.optim.stepping import Bound, StepPlan
-from shard4bit.placement import Placed, place, to_local
+from shard4bit.placement import Placed, place, refuse_stale, to_local
 from shard4bit.spec import Full, MomentSpec, is_quantized, parse_spec
 from shard4bit.state import Moment, parts, state_key
 
@@ -93,6 +93,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         parameters that cannot be served.
         """
         out = []
+        params = [p for group in self.param_groups for p in group["params"]]
+        if any(p.requires_grad and p not in self._bound for p in params):
+            refuse_stale(params)
         for index, group in enumerate(self.param_groups):
             names = group.get("param_names") or [
                 f"param_groups[{index}]['params'][{i}]" for i in range(len(group["params"]))

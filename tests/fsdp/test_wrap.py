@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import shard4bit
@@ -242,3 +242,38 @@ def test_clipping_and_a_tensor_learning_rate() -> None:
     for norm, after, moved in pool(2).run(clipped):
         assert norm > 0.1 and after == pytest.approx(0.01, rel=1e-3)
         assert moved
+
+
+def over_fsdp1_originals() -> str:
+    """With use_orig_params=True the shards are ordinary 1-D parameters: they must not get fp32 moments."""
+    model = FullyShardedDataParallel(Toy(), device_id=torch.device("cpu"), use_orig_params=True)
+    return message(lambda: shard4bit.AdamW4bit(model.parameters()).step(), LayoutError)
+
+
+def over_stale_parameters() -> tuple[str, str]:
+    """An optimizer from before fully_shard, and one over a tensor of its own beside such a model."""
+    model = Toy()
+    optimizer = shard4bit.AdamW4bit(model.parameters())
+    fully_shard(model)
+    lone = nn.Parameter(torch.ones(next(model.parameters()).shape))
+    lone.grad = torch.ones_like(lone)
+    other = nn.Parameter(torch.ones(3, 5, 7, 11))
+    shard4bit.AdamW4bit([lone, other]).step()  # not all have a sharded twin: no error
+    return message(optimizer.step, LayoutError), message(optimizer.state_dict, LayoutError)
+
+
+def test_original_parameters_of_fsdp1_are_refused_on_all_ranks() -> None:
+    for text in pool(2).run(over_fsdp1_originals):
+        assert "FSDP1" in text and "fully_shard" in text
+
+
+def test_parameters_from_before_sharding_are_refused_on_all_ranks() -> None:
+    for texts in pool(2).run(over_stale_parameters):
+        assert all("build it after fully_shard" in text for text in texts)
+
+
+def test_zero_3_partitions_are_refused() -> None:
+    param: Any = nn.Parameter(torch.empty(0))
+    param.ds_id, param.ds_tensor = 0, torch.zeros(10)  # as deepspeed.zero.Init leaves them
+    with pytest.raises(LayoutError, match="ZeRO stage 3"):
+        shard4bit.AdamW4bit([param]).step()
