@@ -90,7 +90,7 @@ def refuse_stale(params: Sequence[Tensor]) -> None:
     plain = {id(p): p for p in params if not is_dtensor(p)}
     if not plain or sys.modules.get("torch.distributed.tensor") is None:
         return
-    modules = [m for m in gc.get_objects() if isinstance(m, torch.nn.Module)]
+    modules = [m for m in gc.get_objects() if issubclass(type(m), torch.nn.Module)]
     held = {id(p): p for m in modules for p in m.parameters(recurse=False)}
     ours = set(map(id, params))
     shapes = {tuple(p.shape) for i, p in held.items() if i not in ours and is_dtensor(p)}

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 
 from shard4bit.cuda.backend import KernelBackend
+from shard4bit.optim import stepping
 from tests.cuda.emulator import ASCENDING, Module
+from tests.test_invariance import bits
 
 _LOCK = threading.Lock()  # the emulator runs one launch at a time; simulated ranks are threads
 
 
 class EmulatorRuntime:
-    """See ``shard4bit.cuda.runtime.Runtime``. ``launches`` records (kernel, thread blocks)."""
+    """See ``shard4bit.cuda.runtime.Runtime``. ``launches`` records (kernel, thread blocks),
+    ``uploads`` (bytes, into existing memory)."""
 
     def __init__(self, order: int = ASCENDING, sanitize: bool = False) -> None:
         self.device = torch.device("cpu")
         self.order, self.sanitize = order, sanitize
         self.launches: list[tuple[str, int]] = []
+        self.uploads: list[tuple[int, bool]] = []
 
     def launch(self, source: str, name: str, blocks: int, threads: int, args: tuple[Any, ...]) -> None:
         with _LOCK:
@@ -30,6 +37,7 @@ class EmulatorRuntime:
 
     def upload(self, host: np.ndarray, into: torch.Tensor | None = None) -> torch.Tensor:
         flat = torch.from_numpy(host.view(np.uint8).reshape(-1).copy())
+        self.uploads.append((flat.numel(), into is not None))
         if into is None:
             return flat
         into[: flat.numel()] = flat
@@ -38,3 +46,55 @@ class EmulatorRuntime:
 
 def emulated(order: int = ASCENDING, sanitize: bool = False) -> KernelBackend:
     return KernelBackend(EmulatorRuntime(order, sanitize))
+
+
+@contextmanager
+def served_by(backend: Any) -> Iterator[None]:
+    """Optimizers' steps on CPU tensors go to this back end."""
+    with mock.patch.object(stepping, "backend_for", lambda device: backend):
+        yield
+
+
+class Twins:
+    """Two optimizers of the same parameters: one stepped by the reference, the other by a back end.
+
+    make: parameters (or groups, where ``grouped`` turns parameters into them) -> optimizer.
+    place: where the second twin's tensors lie (of equal values, in other memory).
+    grad_dtype: of all gradients; the parameters' if None.
+    """
+
+    def __init__(
+        self,
+        starts: Sequence[torch.Tensor],
+        make: Callable[[list[Any]], Any],
+        backend: Any,
+        grouped: Callable[[list[Any]], list[Any]] = list,
+        place: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
+        grad_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.expected = [torch.nn.Parameter(s.clone()) for s in starts]
+        self.found = [torch.nn.Parameter(place(s)) for s in starts]
+        for param in self.expected + self.found:
+            param.grad_dtype = grad_dtype or param.dtype
+        self.reference, self.served = make(grouped(self.expected)), make(grouped(self.found))
+        self.backend, self.place = backend, place
+
+    def step(self, grads: Sequence[torch.Tensor | None]) -> None:
+        for p, q, grad in zip(self.expected, self.found, grads, strict=True):
+            p.grad = None if grad is None else grad.to(p.grad_dtype)
+            q.grad = None if p.grad is None else self.place(p.grad)
+        self.reference.step()
+        with served_by(self.backend):
+            self.served.step()
+
+    def differences(self) -> list[tuple[Any, ...]]:
+        """(parameter's number, shape, "param" or a state's key) of what does not have the same bits."""
+        out = []
+        for i, (p, q) in enumerate(zip(self.expected, self.found, strict=True)):
+            mine, other = self.served.state[q], self.reference.state[p]
+            assert mine.keys() == other.keys()
+            pairs = {"param": (p.detach(), q.detach())} | {k: (other[k], mine[k]) for k in other}
+            out += [
+                (i, tuple(p.shape), k) for k, (a, b) in pairs.items() if not torch.equal(bits(a), bits(b))
+            ]
+        return out
