@@ -1,0 +1,184 @@
+"""Plans: what a list of works needs on the device, made once - tables, tiles and workspace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shard4bit.backend import Work
+from shard4bit.cuda import tables
+from shard4bit.cuda.source import Config
+from shard4bit.spec import Factored, Full, QuantSpec
+
+_SECONDS = {"rank1": "RANK1", "block": "BLOCKED"}
+
+
+def second_of(work: Work) -> str | None:
+    """How the kernels treat a work's second moment: one of ``source.SECONDS``, "" where every one does
+    (fp32 moments), or None where no kernel serves the work (the ablation's quantizers, 8 bits)."""
+    specs = [m.spec for m in work.moments]
+    if not specs or len(specs) > 2:
+        return None
+    if all(isinstance(s, Full) for s in specs):
+        return ""
+    if specs[0] != QuantSpec(signed=True):
+        return None
+    if len(specs) == 1:
+        return "NONE"
+    second = specs[1]
+    if isinstance(second, Factored):
+        return "FACTORED"
+    if isinstance(second, QuantSpec) and second == QuantSpec(
+        norm=second.norm, mapping="linear", signed=False
+    ):
+        return _SECONDS.get(second.norm)
+    return None
+
+
+@dataclass
+class Batch:
+    """Works of one kernel configuration, with their tables on the device."""
+
+    config: Config
+    works: list[Work]
+    slabs: np.ndarray
+    slabs_at: Tensor
+    live_at: Tensor
+    live: np.ndarray
+    active: list[bool]  # of each work, as last uploaded
+    tiles: dict[str, tuple[Tensor, int]]
+    zeroed: Tensor  # workspace that measure starts from zero
+    keep: list[Tensor]  # memory that the tables point to
+
+
+class BatchBuilder:
+    """Makes a batch: workspace, slab table and tiles."""
+
+    def __init__(self, runtime: Any, config: Config, works: list[Work]) -> None:
+        self.runtime, self.config, self.works = runtime, config, works
+        self.slabs = np.zeros(len(works), tables.SLAB)
+        self.sizes: dict[str, int] = {"zeroed": 0, "parts": 0, "sums": 0, "shared": 0}
+        self.claims: list[tuple[int, str, str, int]] = []  # slab, pool, field, offset
+
+    def claim(self, number: int, pool: str, field: str, count: int) -> tuple[str, int, int]:
+        """Reserve ``count`` elements of a pool of workspace for a field of a slab."""
+        start = self.sizes[pool]
+        self.sizes[pool] = start + -(-count // 4) * 4
+        self.claims.append((number, pool, field, start))
+        return pool, start, count
+
+    def build(self) -> Batch:
+        views: list[tuple[Work, int, str, tuple[str, int, int], tuple[int, ...]]] = []
+        kinds: dict[str, list[np.ndarray]] = {k: [] for k in ("measure", "apply", "vectors", "means")}
+        totals = []
+        for number, work in enumerate(self.works):
+            self._describe(number, work)
+            if work.slab.numel == 0 and not work.links:
+                continue
+            if isinstance(work.moments[0].spec, Full):
+                kinds["apply"].append(tables.flat_tiles(number, work.slab))
+                continue
+            kinds["apply"].append(tables.matrix_tiles(number, work.slab))
+            views += self._statistics(number, work)
+            if self.config.second in ("RANK1", "FACTORED"):
+                kinds["measure"].append(tables.matrix_tiles(number, work.slab))
+                vectors = [
+                    tables.vector_tiles(number, work.slab.rows, tables.ROWS),
+                    tables.vector_tiles(number, work.slab.width, tables.COLS),
+                ]
+                kinds["vectors"] += vectors
+                kinds["means"] += [*vectors, tables.vector_tiles(number, 1, tables.MEAN)]
+                totals.append(number)
+            kinds["measure"].append(tables.shared_block_tiles(number, work.slab))
+        pools = self._allocate()
+        for number, pool, field, start in self.claims:
+            self.slabs[number][field] = pools[pool].data_ptr() + start * pools[pool].element_size()
+        for work, moment, name, (pool, start, count), shape in views:
+            work.fresh[moment][name] = pools[pool][start : start + count].view(shape)
+        tiles = {}
+        for kind, found in kinds.items():
+            joined = tables.joined(found)
+            tiles[kind] = (self.runtime.upload(joined), len(joined))
+        tiles["totals"] = (self.runtime.upload(np.array(totals, dtype=np.int32)), len(totals))
+        live = np.zeros(len(self.works), tables.LIVE)
+        room = live.nbytes + len(self.works) * tables.HYPER.itemsize
+        return Batch(
+            config=self.config,
+            works=self.works,
+            slabs=self.slabs,
+            slabs_at=self.runtime.upload(self.slabs),
+            live_at=torch.zeros(room, dtype=torch.uint8, device=self.runtime.device),
+            live=live,
+            active=[],
+            tiles=tiles,
+            zeroed=pools["zeroed"],
+            keep=list(pools.values()),
+        )
+
+    def _allocate(self) -> dict[str, Tensor]:
+        dtypes = {"sums": torch.float64}
+        return {
+            pool: torch.zeros(size, dtype=dtypes.get(pool, torch.float32), device=self.runtime.device)
+            for pool, size in self.sizes.items()
+        }
+
+    def _describe(self, number: int, work: Work) -> None:
+        slab, record = work.slab, self.slabs[number]
+        for field in ("numel", "head", "tail", "rows", "col0", "col1"):
+            record[field] = getattr(slab, field)
+        record["cols"], record["all_rows"] = slab.view.cols, slab.view.rows
+        moments = work.moments
+        if isinstance(moments[0].spec, Full):
+            record["kind"] = tables.FP32_MOMENTS
+            pointers = {"m_codes": moments[0].tensors[""]}
+            if len(moments) > 1:
+                pointers["v_codes"] = moments[1].tensors[""]
+        else:
+            first = moments[0].tensors
+            pointers = {"m_codes": first["codes"], "m_absmax": first["absmax"]}
+            names = {
+                "codes": "v_codes",
+                "absmax": "v_row",
+                "row_max": "v_row",
+                "col_max": "v_col",
+                "row_mean": "v_row",
+                "col_mean": "v_col",
+                "mean": "v_mean",
+            }
+            for suffix, tensor in moments[1].tensors.items() if len(moments) > 1 else ():
+                pointers[names[suffix]] = tensor
+        for field, tensor in pointers.items():
+            record[field] = tensor.data_ptr()
+
+    def _statistics(self, number: int, work: Work) -> list[Any]:
+        """Workspace for the statistics of a work's new moments, and how ``work.fresh`` shows it."""
+        slab, out = work.slab, []
+        work.fresh = [{} for _ in work.moments]
+        shared = {(s.moment, s.stat) for link in work.links for s in link.shares}
+        for moment, field in enumerate(("new_m_absmax", "new_v_absmax")):
+            if (moment, "absmax") in shared:
+                shape = tuple(work.moments[moment].matrix("absmax").shape)
+                spot = self.claim(number, "shared", field, shape[0] * shape[1])
+                out.append((work, moment, "absmax", spot, shape))
+        if self.config.second == "RANK1":
+            for field, name, count in (
+                ("new_row", "row_max", slab.rows),
+                ("new_col", "col_max", slab.width),
+            ):
+                spot = self.claim(number, "zeroed", field, count)
+                out.append((work, 1, name, spot, (count,)))
+        elif self.config.second == "FACTORED":
+            for field, name, count in (
+                ("new_row", "row_sum", slab.rows),
+                ("new_col", "col_sum", slab.width),
+                ("new_sum", "sum", 1),
+            ):
+                out.append((work, 1, name, self.claim(number, "sums", field, count), (count,)))
+            groups = -(-slab.col1 // tables.TILE_COLS) - slab.col0 // tables.TILE_COLS
+            self.claim(number, "parts", "part_row", groups * slab.rows)
+            self.claim(number, "parts", "part_col", -(-slab.rows // tables.TILE_ROWS) * slab.width)
+        return out
