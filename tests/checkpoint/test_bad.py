@@ -401,7 +401,7 @@ ARGUMENTS = {
     "model": "expected a torch.nn.Module, got list",
     "foreign optimizer": "AdamW",
     "stranger": "(11, 13)",
-    "stale": "not in the model",
+    "stale": "build it after fully_shard",
     "nothing": "nothing to save",
     "complex": "freqs",
     "options": "JSON",

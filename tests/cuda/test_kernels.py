@@ -6,13 +6,19 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 
+from shard4bit.backend import Work, Works
+from shard4bit.comm import reduce
+from shard4bit.layout import Neighbours, Slab
 from shard4bit.maths.update import ADAMW, SGD
+from shard4bit.reference import ReferenceBackend
 from shard4bit.spec import parse_spec
 from tests.cuda.emulator import ORDERS, available
 from tests.cuda.runtime import emulated
-from tests.test_invariance import adamw_scalars, problems, run
+from tests.simulate import Rank, ThreadGroup, in_threads, take
+from tests.test_invariance import adamw_scalars, bits, problems, run
 
 pytestmark = pytest.mark.skipif(not available(), reason="the emulator needs g++")
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -41,3 +47,40 @@ def test_sgd(problem: dict[str, Any]) -> None:
     group = {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01, "nesterov": False}
     spec = parse_spec("B128/DE", signed=True, argument="momentum_buffer")
     run(SGD, problem, [spec], lambda step: SGD.scalars(group, step), backend=emulated)
+
+
+@pytest.mark.parametrize("names", [("B128/DE", "rank1"), ("B128/DE", "block"), ("B128/DE", "factored")])
+@pytest.mark.parametrize("holder", [0, 1, None])
+def test_ranks_without_a_gradient(names: tuple[str, str], holder: int | None) -> None:
+    """After a step of both: a parameter steps on all its ranks if one has a gradient, else on none."""
+    shape, specs = (8, 200), specs_of(*names)
+    start, grad = torch.randn((2, *shape), generator=torch.Generator().manual_seed(1))
+    found = []
+    for backend in (ReferenceBackend, emulated):
+        group, near = ThreadGroup(2), Neighbours("run", (0, 900, 1600))
+        slabs = [Slab.run(shape, 0, 900), Slab.run(shape, 900, 1600)]
+        ranks = [Rank.make(s, start, ADAMW.moments, specs, [(group, near)]) for s in slabs]
+        works = [Works([Work(r.slab, r.moments, r.param, None, {}, links=r.links)]) for r in ranks]
+        backends = [backend(), backend()]
+        for step in (1, 2):
+            for number, (rank, batch) in enumerate(zip(ranks, works, strict=True)):
+                batch[0].active = step == 1 or number == holder
+                batch[0].grad = take(grad, rank.slab) if batch[0].active else None
+                batch[0].scalars = adamw_scalars(step)
+            in_threads([partial(_step, b, w) for b, w in zip(backends, works, strict=True)])
+        found.append(ranks)
+    exact = names[1] != "factored"  # else sums are in another order
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got.param, expected.param, rtol=0, atol=0 if exact else 1e-6)
+        for m, n in zip(expected.moments, got.moments, strict=True):
+            for key, tensor in m.tensors.items():
+                if exact or key in ("codes", "absmax"):
+                    assert torch.equal(bits(n.tensors[key]), bits(tensor)), key
+                else:
+                    torch.testing.assert_close(n.tensors[key], tensor, rtol=2.0**-19, atol=0)
+
+
+def _step(backend: Any, works: Works) -> None:
+    backend.measure(ADAMW, works)
+    reduce(works)
+    backend.apply(ADAMW, works)
