@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,6 +49,10 @@ class Inventory:
             )
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
+        if "torch.distributed.fsdp" in sys.modules:
+            from shard4bit.fsdp.model import reshard
+
+            reshard(model)
         self.optimizer = optimizer
         self.names: dict[Tensor, str] = {p: _plain(n) for n, p in model.named_parameters()}
         self.bound: dict[str, Bound] = {}
