@@ -15,7 +15,7 @@ from shard4bit.maths.update import Rule, Scalars
 from shard4bit.reference import ReferenceBackend
 from shard4bit.state import Moment
 
-WARPS = 8  # of a thread block; as in kernels/step.cu
+WARPS = 8  # of a thread block; as in kernels/rows.cuh
 _SCALARS = {
     "adamw": ("beta1", "rest1", "beta2", "rest2", "keep", "step_size", "root", "eps"),
     "sgd": ("momentum", "rest", "lr", "weight_decay", "nesterov"),

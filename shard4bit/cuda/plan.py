@@ -45,7 +45,6 @@ class Batch:
 
     config: Config
     works: list[Work]
-    slabs: np.ndarray
     slabs_at: Tensor
     live_at: Tensor
     live: np.ndarray
@@ -109,7 +108,6 @@ class BatchBuilder:
         return Batch(
             config=self.config,
             works=self.works,
-            slabs=self.slabs,
             slabs_at=self.runtime.upload(self.slabs),
             live_at=torch.zeros(room, dtype=torch.uint8, device=self.runtime.device),
             live=live,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 from unittest import mock
 
@@ -199,6 +200,22 @@ def spoil(param: Any, how: str) -> None:
         param.grad = DTensor.from_local(local[1:], mesh, placements, **around)
 
 
+def failed_step(
+    model: Any, optimizer: Any, broken: AbstractContextManager[Any]
+) -> tuple[str, str, bool, Arrays]:
+    """Step under ``broken``: the error, whether all is as before, and the states one good step later."""
+    before = local_bytes(model, optimizer)
+    error: Exception | None = None
+    with broken:
+        try:
+            optimizer.step()
+        except Exception as caught:
+            error = caught
+    unchanged = local_bytes(model, optimizer) == before
+    models.train(model, optimizer, 1, first=2)
+    return type(error).__name__, str(error), unchanged, canonical(model, optimizer)
+
+
 def run_invalid(layout: str, how: str, rank: int, name: str) -> tuple[str, str, bool, Arrays]:
     """A good step, one that is invalid on one rank, another good one."""
     model = models.sharded(Zoo(), layout)
@@ -207,15 +224,7 @@ def run_invalid(layout: str, how: str, rank: int, name: str) -> tuple[str, str, 
     models.force(model, 2)
     if dist.get_rank() == rank:
         spoil(model.get_parameter(name), how)
-    before = local_bytes(model, optimizer)
-    error: Exception | None = None
-    try:
-        optimizer.step()
-    except Exception as caught:
-        error = caught
-    unchanged = local_bytes(model, optimizer) == before
-    models.train(model, optimizer, 1, first=2)
-    return type(error).__name__, str(error), unchanged, canonical(model, optimizer)
+    return failed_step(model, optimizer, nullcontext())
 
 
 @pytest.mark.parametrize("how, word", [("float64", "float64"), ("sparse", "sparse"), ("shape", "shape")])
@@ -246,16 +255,7 @@ def fail_in_measure(kind: str, bad: int) -> tuple[str, str, bool, Arrays]:
         real(self, rule, works[:3])
         raise MemoryError("no memory left here")
 
-    before = local_bytes(model, optimizer)
-    error: Exception | None = None
-    with mock.patch.object(ReferenceBackend, "measure", failing):
-        try:
-            optimizer.step()
-        except Exception as caught:
-            error = caught
-    unchanged = local_bytes(model, optimizer) == before
-    models.train(model, optimizer, 1, first=2)
-    return type(error).__name__, str(error), unchanged, canonical(model, optimizer)
+    return failed_step(model, optimizer, mock.patch.object(ReferenceBackend, "measure", failing))
 
 
 @pytest.mark.parametrize("kind", ["rank1", "factored"])
