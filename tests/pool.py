@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import faulthandler
 import os
 import socket
+import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -20,7 +22,9 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
+def _serve(rank: int, world: int, port: int, pipe: Any, log: str) -> None:
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)  # what a dying process says
+    faulthandler.enable()
     import torch
     import torch.distributed as dist
 
@@ -48,12 +52,18 @@ class Pool:
     def __init__(self, world: int) -> None:
         context, port = get_context("spawn"), free_port()
         self.pipes, self.processes = [], []
+        self.logs = tempfile.TemporaryDirectory(prefix=f"pool-{world}-")
         for rank in range(world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world, port, theirs), daemon=True)
+            args = (rank, world, port, theirs, self._log(rank))
+            process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
+            theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
+
+    def _log(self, rank: int) -> str:
+        return os.path.join(self.logs.name, f"rank-{rank}.txt")
 
     def outcomes(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Per rank ("ok", result) or ("error", exception, traceback)."""
@@ -64,8 +74,19 @@ class Pool:
             if not pipe.poll(TIMEOUT):
                 self.close()
                 raise TimeoutError(f"rank {rank} did not answer {function.__name__} in {TIMEOUT} s")
-            out.append(pipe.recv())
+            try:
+                out.append(pipe.recv())
+            except EOFError:
+                raise self._death(rank, function.__name__) from None
         return out
+
+    def _death(self, rank: int, name: str) -> AssertionError:
+        self.processes[rank].join(10)
+        code = self.processes[rank].exitcode
+        with open(self._log(rank), errors="replace") as log:
+            words = log.read()[-20_000:]
+        self.close()
+        return AssertionError(f"rank {rank} died in {name} with exit code {code}; its stderr ended:\n{words}")
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         outcomes = self.outcomes(function, *args)
