@@ -17,6 +17,8 @@ _WHERE = {
     "save": "api",
     "load": "api",
     "digest": "api",
+    "import_state": "optim.exchange",
+    "export_state": "optim.exchange",
     "CheckpointError": "errors",
     "LayoutError": "errors",
     "Shard4bitError": "errors",
@@ -33,7 +35,9 @@ __all__ = [
     "Shard4bitError",
     "StateError",
     "digest",
+    "export_state",
     "fsdp",
+    "import_state",
     "load",
     "save",
     "spec",
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
     from shard4bit.api import digest, load, save
     from shard4bit.errors import CheckpointError, LayoutError, Shard4bitError, StateError
     from shard4bit.optim.adamw import AdamW4bit
+    from shard4bit.optim.exchange import export_state, import_state
     from shard4bit.optim.sgd import SGD4bit
     from shard4bit.spec import QuantSpec
 

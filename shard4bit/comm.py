@@ -97,6 +97,8 @@ def _row_and_column(
         return [(row, slab.rows, (slice(None),))]
     if neighbours.kind == "rows":
         return [(col, slab.width, (slice(None),))]
+    if not any(0 < e < slab.view.numel for e in neighbours.edges):
+        return []  # the parameter lies on one rank
     held = slab.numel > 0
     out: list[tuple[str, int, Index | None]] = [
         (row, 1, _row_index(slab, r)) for r in neighbours.cut_rows(slab.view)

@@ -6,9 +6,9 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from shard4bit.comm import Group, TorchGroup
 from shard4bit.errors import LayoutError
 from shard4bit.layout import Neighbours, Range, Slab, matrix_view
 from shard4bit.state import Part
+
+#: put into names by torch.compile, activation checkpointing and FSDP1
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Placed:
     wrap: makes of a local state tensor what ``optimizer.state`` shows (a DTensor, or the tensor itself).
     obstacle: (part) -> why a part cannot be shown as a DTensor, or None.
     prefix: of the state's keys, where one optimizer parameter holds several parameters.
+    name: the parameter's own name in the model, where an engine's adapter knows it.
+    options: what of its group's options this parameter has otherwise.
     """
 
     slab: Slab
@@ -37,6 +42,47 @@ class Placed:
     wrap: Callable[[Tensor, Part], Tensor] = lambda local, part: local
     obstacle: Callable[[Part], str | None] = lambda part: None
     prefix: str = ""
+    name: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Item(NamedTuple):
+    """A parameter as checkpoints see it. tensor: what optimizers know it by, perhaps with others."""
+
+    name: str
+    tensor: Tensor
+    placed: Placed
+    trainable: bool
+
+
+class Source:
+    """A model as checkpoints see it: its parameters and persistent buffers by name. Engines that keep
+    parameters elsewhere than in the model have their own."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def parameters(self) -> list[Item]:
+        """Every parameter, frozen ones too, a shared one under its first name."""
+        return [
+            Item(plain_name(name), param, place(param, plain_name(name)), param.requires_grad)
+            for name, param in self.model.named_parameters()
+        ]
+
+    def buffers(self) -> list[tuple[str, Tensor]]:
+        """Those that belong into a checkpoint."""
+        persistent = set(self.model.state_dict(keep_vars=True))
+        return [(plain_name(n), buffer) for n, buffer in self.model.named_buffers() if n in persistent]
+
+    def loaded(self) -> None:
+        """Called on all ranks after a checkpoint has been read into the parameters."""
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the prefixes of wrappers."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -71,8 +117,7 @@ def _refuse_flattened(param: Tensor, name: str) -> None:
     ):
         raise LayoutError(
             f"{name} is part of a flat parameter of FSDP1 (FullyShardedDataParallel), whose rows and columns "
-            "a plain optimizer cannot see: shard the model with torch.distributed.fsdp.fully_shard (FSDP2) "
-            "and use shard4bit.fsdp.wrap(model, ...)"
+            "a plain optimizer cannot see: make the optimizer with shard4bit.fsdp.wrap(model, ...)"
         )
     if hasattr(param, "ds_id") and hasattr(param, "ds_tensor"):
         raise LayoutError(
@@ -195,7 +240,7 @@ class _Sharding:
             if not even or any(e % part.unit and e != cols for e in edges):
                 return (
                     f"the columns of {self.name} are cut at {edges}, which are not multiples of "
-                    f"{part.unit} in even steps"
+                    f"{part.unit} in even steps: the {part.suffix} of its state cannot be a DTensor"
                 )
         return None
 

@@ -9,6 +9,7 @@ import os
 import socket
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing import get_context
 from typing import Any
@@ -46,16 +47,32 @@ def _serve(rank: int, world: int, port: int, pipe: Any, log: str) -> None:
                 pipe.send(("error", RuntimeError(str(error)), traceback.format_exc()))
 
 
+class RankDied(AssertionError):
+    """A process of a pool ended while it was called; ``code`` is its exit code, negative for a signal."""
+
+    def __init__(self, code: int | None, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
 class Pool:
-    """``run(function, *args)`` calls a module-level function on every rank; results in rank order."""
+    """``run(function, *args)`` calls a module-level function on every rank; results in rank order.
+
+    A call in which a rank was killed by a signal is repeated once, with a warning that has the rank's
+    stderr: gloo aborts now and then (once in some thousand calls). What dies again is an error.
+    """
 
     def __init__(self, world: int) -> None:
+        self.world = world
+        self.logs = tempfile.TemporaryDirectory(prefix=f"pool-{world}-")
+        self._start()
+
+    def _start(self) -> None:
         context, port = get_context("spawn"), free_port()
         self.pipes, self.processes = [], []
-        self.logs = tempfile.TemporaryDirectory(prefix=f"pool-{world}-")
-        for rank in range(world):
+        for rank in range(self.world):
             ours, theirs = context.Pipe()
-            args = (rank, world, port, theirs, self._log(rank))
+            args = (rank, self.world, port, theirs, self._log(rank))
             process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             theirs.close()
@@ -80,16 +97,23 @@ class Pool:
                 raise self._death(rank, function.__name__) from None
         return out
 
-    def _death(self, rank: int, name: str) -> AssertionError:
+    def _death(self, rank: int, name: str) -> RankDied:
         self.processes[rank].join(10)
         code = self.processes[rank].exitcode
         with open(self._log(rank), errors="replace") as log:
             words = log.read()[-20_000:]
         self.close()
-        return AssertionError(f"rank {rank} died in {name} with exit code {code}; its stderr ended:\n{words}")
+        return RankDied(code, f"rank {rank} died in {name} with exit code {code}; its stderr ended:\n{words}")
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        outcomes = self.outcomes(function, *args)
+        try:
+            outcomes = self.outcomes(function, *args)
+        except RankDied as death:
+            if death.code is None or death.code >= 0:
+                raise
+            warnings.warn(str(death), stacklevel=2)
+            self._start()
+            outcomes = self.outcomes(function, *args)
         for rank, outcome in enumerate(outcomes):
             if outcome[0] == "error":
                 raise AssertionError(f"rank {rank}:\n{outcome[2]}") from outcome[1]

@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "shard4bit"
 #: From top to bottom. A part may import what is below it, and itself.
 LAYERS = (
     {"cli", "__main__"},
-    {"api", "inventory"},
+    {"api", "inventory", "rectangles"},
     {"fsdp", "deepspeed"},
     {"optim", "checkpoint"},
     {"placement"},
@@ -31,7 +31,7 @@ LAYERS = (
     {"maths"},
     {"layout", "spec", "errors"},
 )
-SIDEWAYS = {("__main__", "cli"), ("api", "inventory"), ("comm", "backend")}
+SIDEWAYS = {("__main__", "cli"), ("api", "inventory"), ("inventory", "rectangles"), ("comm", "backend")}
 ENGINES = {"fsdp", "deepspeed"}
 THIRD_PARTY = {  # package -> the parts that may import it; None: any but the lowest layer
     "torch": None,

@@ -7,12 +7,15 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from shard4bit.errors import LayoutError
+from shard4bit.fsdp.layout import FlatSource
+from shard4bit.fsdp.model import is_fsdp1, is_fsdp2, source_of
 from shard4bit.optim.base import QuantizedOptimizer
+from shard4bit.placement import Item
 
 Opt = TypeVar("Opt", bound=QuantizedOptimizer)
+Options = dict[str, Any]
 
 
 def wrap(
@@ -23,47 +26,64 @@ def wrap(
     full_precision: Sequence[str] = (),
     **options: Any,
 ) -> Opt:
-    """The optimizer for a model sharded by ``fully_shard`` (FSDP2).
+    """The optimizer for a model sharded by ``fully_shard`` (FSDP2) or FullyShardedDataParallel (FSDP1).
 
     optimizer: ``AdamW4bit``, ``SGD4bit`` or another class of shard4bit; ``options`` are its own.
     no_decay, full_precision: shell patterns of parameter names ("*.bias", "*embed*") that get no weight
-        decay, or fp32 moments.
-    Raises LayoutError for a model that is not sharded, or by FSDP1; ValueError for a pattern that matches
-    no parameter.
+        decay, or fp32 moments; also of parameters inside FSDP1's flat ones.
+    Raises LayoutError for a model that is not sharded; ValueError for a pattern that matches no parameter.
     """
-    if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
-        raise LayoutError(
-            "this model is sharded by FSDP1 (FullyShardedDataParallel), which is not supported yet: "
-            "shard it with torch.distributed.fsdp.fully_shard (FSDP2)"
-        )
-    if not any(isinstance(m, FSDPModule) for m in model.modules()):
+    if not (is_fsdp1(model) or is_fsdp2(model)):
         raise LayoutError(
             "this model is not sharded: call torch.distributed.fsdp.fully_shard on it first, or build "
-            "the optimizer directly from model.parameters()"
+            "the optimizer directly from model.parameters() (one process, or DistributedDataParallel)"
         )
-    return optimizer(grouped(model, no_decay, full_precision), **options)
+    items = [item for item in source_of(model).parameters() if item.trainable]
+    wanted = chosen([item.name for item in items], no_decay, full_precision)
+    groups, mixed = grouped(items, wanted)
+    made = optimizer(groups, **options)
+    if is_fsdp1(model):
+        made.set_layout(FlatSource(model, {name: wanted[name] for name in mixed}).layout())
+    return made
 
 
-def grouped(model: nn.Module, no_decay: Sequence[str], full_precision: Sequence[str]) -> list[dict[str, Any]]:
-    """Parameter groups, with names, of the trainable parameters by the two lists of patterns."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    for pattern in (*no_decay, *full_precision):
-        if not any(fnmatchcase(name, pattern) for name, _ in named):
-            raise ValueError(
-                f"the pattern {pattern!r} matches no trainable parameter; names are such as "
-                f"{[name for name, _ in named[:3]]}"
-            )
-    groups: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {}
-    for name, param in named:
-        plain = any(fnmatchcase(name, p) for p in no_decay)
-        full = any(fnmatchcase(name, p) for p in full_precision)
-        groups.setdefault((plain, full), []).append((name, param))
-    out: list[dict[str, Any]] = []
-    for (plain, full), members in groups.items():
-        group: dict[str, Any] = {"params": members}
-        if plain:
-            group["weight_decay"] = 0.0
-        if full:
-            group["quantize"] = False
-        out.append(group)
+def chosen(
+    names: Sequence[str], no_decay: Sequence[str], full_precision: Sequence[str]
+) -> dict[str, Options]:
+    """The options of each parameter by the two lists of patterns."""
+    lists: list[tuple[Sequence[str], Options]] = [
+        (no_decay, {"weight_decay": 0.0}),
+        (full_precision, {"quantize": False}),
+    ]
+    out: dict[str, Options] = {name: {} for name in names}
+    for patterns, options in lists:
+        if isinstance(patterns, str):
+            raise ValueError(f"expected a list of patterns, got the string {patterns!r}: use [{patterns!r}]")
+        for pattern in patterns:
+            matching = [name for name in names if fnmatchcase(name, pattern)]
+            if not matching:
+                raise ValueError(
+                    f"the pattern {pattern!r} matches no trainable parameter; names are such as {names[:3]}"
+                )
+            for name in matching:
+                out[name].update(options)
     return out
+
+
+def grouped(items: Sequence[Item], wanted: dict[str, Options]) -> tuple[list[Options], list[str]]:
+    """Parameter groups, with names, and the parameters whose options no group can give: they share a flat
+    tensor with others of other options."""
+    held: dict[Tensor, list[Item]] = {}
+    for item in items:
+        held.setdefault(item.tensor, []).append(item)
+    groups: dict[str, tuple[Options, list[tuple[str, Tensor]]]] = {}
+    mixed: list[str] = []
+    for tensor, members in held.items():
+        name, options = members[0].name, wanted[members[0].name]
+        if any(wanted[m.name] != options for m in members):
+            mixed += [m.name for m in members if wanted[m.name]]
+            options = {}
+        if len(members) > 1:
+            name += f" and {len(members) - 1} more"
+        groups.setdefault(repr(options), (options, []))[1].append((name, tensor))
+    return [{"params": params, **options} for options, params in groups.values()], mixed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Set
 from operator import attrgetter
 from typing import Any, ClassVar
@@ -15,7 +16,9 @@ from shard4bit.dispatch import backend_for
 from shard4bit.errors import LayoutError, StateError
 from shard4bit.maths.update import Rule
 from shard4bit.optim import loading, validate
+from shard4bit.optim.report import Report, report
 from shard4bit.optim.stepping import Bound, StepPlan
+from shard4bit.optim.summary import summary
 from shard4bit.placement import Placed, place, refuse_stale, to_local
 from shard4bit.spec import Full, MomentSpec, is_quantized, parse_spec
 from shard4bit.state import Moment, parts, state_key
@@ -75,15 +78,30 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    def __repr__(self) -> str:
+        try:
+            return f"{type(self).__name__} (\n{summary(self)}\n)"
+        except Exception:  # of options that were spoilt since they were checked: step() will say so
+            return super().__repr__()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
 
     # ---- binding --------------------------------------------------------------------------------
 
+    def set_layout(self, layout: Callable[[Tensor, str], list[Placed]]) -> None:
+        """For adapters of engines: which parameters of the model (one or several) a tensor in the groups
+        holds, and where. What was bound is forgotten, states are kept.
+
+        layout: (tensor, its name in the groups) -> at least one Placed.
+        """
+        self._forget()
+        self._layout: Callable[[Tensor, str], list[Placed]] = layout
+
     def _place(self, param: Tensor, name: str) -> list[Placed]:
-        """Where a parameter lies; an engine's adapter may answer for several in one flat tensor."""
-        return [place(param, name)]
+        layout = self.__dict__.get("_layout")  # not there after unpickling
+        return [place(param, name)] if layout is None else layout(param, name)
 
     def bind(self, frozen: Set[Tensor] = frozenset()) -> list[Bound]:
         """Make the layouts and states that are missing; collective on sharded parameters.
@@ -122,6 +140,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     def _bind(self, param: Tensor, placed: Placed, group: Mapping[str, Any]) -> Bound:
         slab, shape = placed.slab, placed.slab.view.shape
+        group = _with_options(group, placed)
         rule = self._rule(group)
         device = placed.data().device
         if device.type == "meta":
@@ -171,24 +190,41 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             self.bind()
             if len(self._plans) >= 16:  # of parameters frozen and thawed in ever new ways
                 self._plans.clear()
-            members = [(b, g) for g in self.param_groups for p in g["params"] for b in self._bound.get(p, ())]
+            members = [
+                (b, _with_options(g, b.placed))
+                for g in self.param_groups
+                for p in g["params"]
+                for b in self._bound.get(p, ())
+            ]
             self._plans[key] = StepPlan(members, self._steps, self._rule)
         return self._plans[key]
 
     # ---- reading and state_dict -----------------------------------------------------------------
 
-    def moment(self, param: Tensor, name: str) -> Tensor:
+    def moment(self, param: Tensor | str, name: str) -> Tensor:
         """This rank's values of a moment ("exp_avg", ...), dequantized: float32, of the local shape.
 
+        param: the parameter, or its name where an engine's adapter knows it (flat parameters).
         Raises ValueError if the parameter is not this optimizer's or has no such moment.
         """
-        self.bind()
-        for bound in self._bound.get(param, ()):
+        every = self.bind()
+        for bound in every:
+            if not (bound.placed.name == param if isinstance(param, str) else bound.param is param):
+                continue
             for moment in bound.moments:
                 if moment.name == name:
                     values = backend_for(bound.placed.data().device).decode(moment)
                     return values.view(bound.placed.slab.shape)
         raise ValueError(f"no moment {name!r} of such a parameter in this optimizer")
+
+    def report(self, *, predict: bool = True) -> Report:
+        """What quantization does to each moment of this rank's elements: rows, and a table when printed.
+
+        predict: with the errors and stale codes of the coming step, from the gradients that are there; call
+        it between backward and step, on sharded parameters on all ranks (it communicates as a step does).
+        False: only what the stored states show, without communication once they are bound.
+        """
+        return report(self._plan().members, self.param_groups, predict)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, with the packed states. Raises LayoutError, on all ranks, where a column cut does
@@ -199,8 +235,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                     why = bound.placed.obstacle(part)
                     if why is not None:
                         raise LayoutError(
-                            f"{why}: the {part.suffix} of this state cannot be a DTensor, so "
-                            "state_dict() cannot carry it; save it with shard4bit.save"
+                            f"{why}, so state_dict() cannot give it: save with shard4bit.save(root, model, "
+                            "optimizer, step=...) and resume with shard4bit.load, on any number of ranks"
                         )
         return super().state_dict()
 
@@ -237,3 +273,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             loading.adopt_options(group, saved)
         for post_hook in list(self._optimizer_load_state_dict_post_hooks.values()):
             post_hook(self)
+
+
+def _with_options(group: Mapping[str, Any], placed: Placed) -> Mapping[str, Any]:
+    """The group as this parameter has it; later changes of the group show through."""
+    return ChainMap(placed.options, group) if placed.options else group  # type: ignore[arg-type]

@@ -32,7 +32,8 @@ class Bound:
     step: Tensor  # 0-d float32 on the CPU, an element of the optimizer's one vector: updates so far
     row: int  # of that vector
     work: Work
-    pointer: int = 0  # of the parameter's memory when ``work.param`` was made
+    pointer: int = 0  # of ``work.param``, if that is the parameter's own memory
+    anchor: int = 0  # of the optimizer's tensor when ``work.param`` was made; 0: cannot be known
     accepted: Any = None  # (dtype, shape, device, layout) of the last gradient that was checked
 
     @property
@@ -53,6 +54,7 @@ class Bound:
         self.accepted = None
         self.work.param = data.contiguous()
         self.pointer = data.data_ptr() if self.work.param is data else 0
+        self.anchor = self.param.data_ptr() if self.pointer else 0
 
     def take_gradient(self, grad: Tensor) -> None:
         """Check a gradient and make it ``work.grad``, dense. Raises ValueError."""
@@ -83,7 +85,6 @@ class StepPlan:
         rule_of: Callable[[Mapping[str, Any]], Rule],
     ) -> None:
         self.members = members
-        self.groups = list({id(g): g for _, g in members}.values())
         self.steps, self.rule_of = steps, rule_of
         self.rows = torch.tensor([b.row for b, _ in members], dtype=torch.long)
         self.signature: list[Any] = []
@@ -120,9 +121,10 @@ class StepPlan:
         known: dict[float, Scalars] = {}
         last: tuple[Any, Any] = (None, None)
         for bound, group in self.members:
-            work, grad = bound.work, bound.placed.grad()
+            work, grad = bound.work, None
             try:
-                if bound.pointer == 0 or bound.param.data_ptr() != bound.pointer:
+                grad = bound.placed.grad()
+                if bound.anchor == 0 or bound.param.data_ptr() != bound.anchor:
                     bound.refresh()
                 if grad is not None:
                     bound.take_gradient(grad)

@@ -1,0 +1,168 @@
+"""Where FSDP1 keeps parameters: pieces of flat tensors. The one file that reads private parts of FSDP
+(``torch.distributed.fsdp._flat_param`` of torch 2.11 to 2.13)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from shard4bit.comm import Group, TorchGroup
+from shard4bit.errors import LayoutError
+from shard4bit.layout import Neighbours, Slab
+from shard4bit.placement import Item, Placed, Source, place, plain_name
+from shard4bit.state import Part
+
+
+class FlatSource(Source):
+    """A model with FullyShardedDataParallel modules.
+
+    With ``use_orig_params=True`` a parameter is known by itself, otherwise by its flat parameter, which
+    holds several. options: parameter name -> what of its group's options it has otherwise.
+    Raises LayoutError for what cannot be described.
+    """
+
+    def __init__(self, model: nn.Module, options: Mapping[str, dict[str, Any]] | None = None) -> None:
+        super().__init__(model)
+        self.items: list[Item] = []
+        self.handles: list[Any] = []
+        for prefix, module in model.named_modules():
+            handle = module._handle if isinstance(module, FullyShardedDataParallel) else None
+            if handle is not None:
+                self.handles.append(handle)
+                self.items += _items(handle, prefix + "." if prefix else "", options or {})
+        for name, param in model.named_parameters():
+            if not _is_flattened(param):  # ignored by FSDP
+                name = plain_name(name)
+                self.items.append(Item(name, param, place(param, name), param.requires_grad))
+
+    def parameters(self) -> list[Item]:
+        return self.items
+
+    def buffers(self) -> list[tuple[str, Tensor]]:
+        # (model.state_dict() would gather every parameter)
+        out = []
+        for prefix, module in self.model.named_modules():
+            for name, buffer in module.named_buffers(prefix, recurse=False):
+                if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                    out.append((plain_name(name), buffer))
+        return out
+
+    def loaded(self) -> None:
+        for handle in self.handles:  # free what is still gathered of the old values
+            begun = hasattr(handle.flat_param, "_local_shard")  # by a first forward
+            if begun and handle.uses_sharded_strategy and not handle.needs_unshard():
+                handle.reshard(True)
+
+    def layout(self) -> Callable[[Tensor, str], list[Placed]]:
+        """For ``QuantizedOptimizer.set_layout``."""
+        known: dict[Tensor, list[Placed]] = {}
+        for item in self.items:
+            known.setdefault(item.tensor, []).append(item.placed)
+
+        def answer(param: Tensor, name: str) -> list[Placed]:
+            if param not in known:
+                raise LayoutError(
+                    f"{name} of shape {tuple(param.shape)} is no parameter of the model that "
+                    "shard4bit.fsdp.wrap was given"
+                )
+            return known[param]
+
+        return answer
+
+
+def _is_flattened(param: Tensor) -> bool:
+    return bool(getattr(param, "_fsdp_flattened", False))
+
+
+def _items(handle: Any, prefix: str, options: Mapping[str, dict[str, Any]]) -> list[Item]:
+    """The original parameters of one flat parameter."""
+    flat = handle.flat_param
+    stops = list(accumulate(flat._numels_with_padding))
+    starts = [a for a, padding in zip([0, *stops], flat._is_padding_mask, strict=False) if not padding]
+    out = []
+    for index, (fqn, start) in enumerate(zip(flat._fqns, starts, strict=True)):
+        name = plain_name(prefix + fqn)
+        place = _Place(handle, index, start, name)
+        tensor = flat if flat._params is None else flat._params[index]
+        out.append(Item(name, tensor, place.placed(options.get(name, {})), tensor.requires_grad))
+    return out
+
+
+class _Place:
+    """One original parameter within a flat one."""
+
+    def __init__(self, handle: Any, index: int, start: int, name: str) -> None:
+        flat = handle.flat_param
+        self.flat, self.name, self.shape = flat, name, tuple(flat._shapes[index])
+        self.param = None if flat._params is None else flat._params[index]
+        self.sharded = handle.uses_sharded_strategy
+        self._refuse_odd(flat, index)
+        length = flat._sharded_size.numel()  # of every rank's shard, padding included
+        numel = Slab.whole(self.shape).view.numel
+        self.neighbours: tuple[tuple[Group, Neighbours], ...] = ()
+        self.slab, self.offset = Slab.whole(self.shape), start
+        if self.sharded:
+            edges = [min(max(k * length - start, 0), numel) for k in range(handle.world_size + 1)]
+            first, stop = edges[handle.rank], edges[handle.rank + 1]
+            self.slab = Slab.run(self.shape, first, stop)
+            self.offset = start + first - handle.rank * length if first < stop else 0
+            info = flat._shard_param_infos[index]
+            assert (info.numel_in_shard or 0) == stop - first, (name, info, first, stop)
+            assert first == stop or info.offset_in_shard == self.offset, (name, info, first, stop)
+            group = TorchGroup(handle.process_group)
+            self.neighbours = ((group, Neighbours("run", tuple(edges))),)
+
+    def _refuse_odd(self, flat: Any, index: int) -> None:
+        stride = torch.empty(self.shape, device="meta").stride()
+        if not torch.empty_strided(self.shape, flat._strides[index], device="meta").is_contiguous():
+            raise LayoutError(
+                f"{self.name} of shape {self.shape} has strides {tuple(flat._strides[index])}, and FSDP1 "
+                f"flattens it in that order: expected {stride}; make it contiguous before wrapping"
+            )
+        if flat._param_extensions[index] is not None:
+            raise LayoutError(
+                f"{self.name} is a DTensor flattened by FSDP1: use tensor parallelism with "
+                "torch.distributed.fsdp.fully_shard (FSDP2)"
+            )
+
+    def placed(self, options: dict[str, Any]) -> Placed:
+        return Placed(
+            slab=self.slab,
+            data=self._data,
+            grad=self._grad,
+            neighbours=self.neighbours,
+            obstacle=self._obstacle,
+            prefix="" if self.param is not None else f"{self.name}/",
+            name=self.name,
+            options=options,
+        )
+
+    def _data(self) -> Tensor:
+        local = getattr(self.flat, "_local_shard", self.flat)  # set at the first forward
+        return local.detach()[self.offset : self.offset + self.slab.numel].view(self.slab.shape)
+
+    def _grad(self) -> Tensor | None:
+        if self.param is not None:
+            grad = self.param.grad
+            return grad.view(-1) if grad is not None and self.slab.numel == 0 else grad
+        grad = self.flat.grad
+        if grad is None:
+            return None
+        if grad.shape != self.flat._sharded_size:
+            raise ValueError(
+                f"the flat parameter of {self.name} has a gradient of shape {tuple(grad.shape)}, its shard "
+                f"{tuple(self.flat._sharded_size)}: the last backward before a step must be outside of "
+                "no_sync()"
+            )
+        return grad[self.offset : self.offset + self.slab.numel].view(self.slab.shape)
+
+    def _obstacle(self, part: Part) -> str:
+        return (
+            f"{self.name} is part of a flat parameter of FSDP1 (FullyShardedDataParallel), whose "
+            "optim_state_dict cannot carry packed states"
+        )
