@@ -15,7 +15,7 @@ import torch
 import shard4bit
 from benchmarks.shapes import Shapes, gpt2_small, llama, llama_7b, lora
 from shard4bit.layout import Slab
-from shard4bit.placement import chunk_edges
+from shard4bit.sharding import chunk_edges
 from shard4bit.spec import Full, MomentSpec, is_quantized, parse_spec
 from shard4bit.state import parts
 

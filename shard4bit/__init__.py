@@ -24,7 +24,7 @@ _WHERE = {
     "Shard4bitError": "errors",
     "StateError": "errors",
 }
-_SUBMODULES = ("fsdp", "spec")
+_SUBMODULES = ("fsdp", "plot", "spec")
 
 __all__ = [
     "AdamW4bit",
@@ -39,12 +39,13 @@ __all__ = [
     "fsdp",
     "import_state",
     "load",
+    "plot",
     "save",
     "spec",
 ]
 
 if TYPE_CHECKING:
-    from shard4bit import fsdp, spec
+    from shard4bit import fsdp, plot, spec
     from shard4bit.api import digest, load, save
     from shard4bit.errors import CheckpointError, LayoutError, Shard4bitError, StateError
     from shard4bit.optim.adamw import AdamW4bit

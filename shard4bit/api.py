@@ -5,62 +5,103 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
-from torch import nn
-
+from shard4bit.checkpoint import extra as _extra
+from shard4bit.checkpoint import rng as _rng
 from shard4bit.checkpoint import store
 from shard4bit.checkpoint.digest import digest as _digest
 from shard4bit.checkpoint.manifest import Manifest
 from shard4bit.checkpoint.pieces import Piece
 from shard4bit.checkpoint.ranks import together, world
 from shard4bit.errors import CheckpointError
-from shard4bit.inventory import Inventory, checked_json
+from shard4bit.inventory import Inventory
 from shard4bit.optim.base import QuantizedOptimizer
 
 
 @dataclass(frozen=True)
 class Loaded:
     """What ``load`` found. path: the checkpoint; step, extra: as given to ``save``; skipped: names of
-    tensors that only one side has (with strict=False)."""
+    tensors that only one side has (with strict=False), and of random number generators that could not be
+    restored; rng: whether any were."""
 
     path: Path
     step: int
     extra: Any
     skipped: list[str] = field(default_factory=list)
+    rng: bool = False
 
 
+@overload
 def save(
     root: str | Path,
-    model: nn.Module,
+    model: Any,
     optimizer: QuantizedOptimizer | None = None,
     *,
     step: int,
     extra: Any = None,
     parameters: bool = True,
     frozen: bool = True,
-) -> Path:
+    rng: bool = False,
+    asynchronous: Literal[False] = False,
+    keep_last: int | None = None,
+) -> Path: ...
+@overload
+def save(
+    root: str | Path,
+    model: Any,
+    optimizer: QuantizedOptimizer | None = None,
+    *,
+    step: int,
+    extra: Any = None,
+    parameters: bool = True,
+    frozen: bool = True,
+    rng: bool = False,
+    asynchronous: Literal[True],
+    keep_last: int | None = None,
+) -> store.Saving: ...
+def save(
+    root: str | Path,
+    model: Any,
+    optimizer: QuantizedOptimizer | None = None,
+    *,
+    step: int,
+    extra: Any = None,
+    parameters: bool = True,
+    frozen: bool = True,
+    rng: bool = False,
+    asynchronous: bool = False,
+    keep_last: int | None = None,
+) -> Path | store.Saving:
     """Write the canonical checkpoint ``root/step-%010d`` and return its path. Collective.
 
     The quantized states are written as they are. Every rank writes what it holds into one safetensors
     file; the directory appears under its name only when it is complete.
 
-    extra: JSON of the caller's. parameters=False: the optimizer's state only. frozen=False: leave out
-    parameters that require no gradient, and buffers.
-    Raises CheckpointError on every rank if any rank fails; nothing is left that could be taken for a
-    checkpoint.
+    extra: the caller's, from JSON's types, tuples and tensors; the first rank's counts. parameters=False:
+    the optimizer's state only. frozen=False: leave out parameters that require no gradient, and buffers.
+    rng=True: with the states of every rank's random number generators. asynchronous=True: return when the
+    rank's share is copied to host memory, with a handle to ``wait()`` on, while a thread writes; a save,
+    load or digest waits for the one in flight. keep_last=N: once this one is published, remove all but
+    the newest N of the checkpoints up to this step.
+    Raises CheckpointError on every rank if any rank fails (in the background: by ``wait()``, or by the
+    next save); nothing is left that could be taken for a checkpoint.
     """
     root = Path(root)
+    rank, world_size = world()
 
-    def collect() -> tuple[Inventory, Manifest]:
-        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 10**10:
-            raise CheckpointError(f"step={step!r}: expected an integer in [0, 10^10)")
-        if not parameters and optimizer is None:
-            raise CheckpointError("parameters=False without an optimizer leaves nothing to save")
+    def collect() -> tuple[Inventory, Manifest, list[Piece]]:
+        store.raise_unseen()
+        _check_numbers(step, keep_last)
         inventory = Inventory(model, optimizer, parameters=parameters, frozen=frozen)
+        if not parameters and inventory.optimizer is None:
+            raise CheckpointError("parameters=False without an optimizer leaves nothing to save")
+        json, tensors = _extra.encode(extra)
+        others = _extra.pieces(tensors) if rank == 0 else []
+        others += _rng.pieces(rank, world_size) if rng else []
         about = Manifest(
             step=step,
-            world_size=world()[1],
+            world_size=world_size,
             tensors={},
             files={},
             parameters=inventory.facts(),
@@ -68,33 +109,41 @@ def save(
             content={
                 "parameters": parameters,
                 "frozen": frozen,
-                "optimizer": optimizer is not None,
+                "optimizer": inventory.optimizer is not None,
             },
-            extra=checked_json(extra),
+            extra=json,
         )
-        return inventory, about
+        return inventory, about, others
 
-    inventory, about = _everywhere("preparing to save", collect)
-    return store.write(root, _own_pieces(inventory), about)
+    store.settle()
+    inventory, about, others = together("preparing to save", collect)
+    write = store.write_later if asynchronous else store.write
+    return write(root, _own_pieces(inventory) + others, about, keep_last=keep_last)
 
 
 def load(
     path: str | Path,
-    model: nn.Module,
+    model: Any,
     optimizer: QuantizedOptimizer | None = None,
     *,
     hyperparameters: bool = True,
     strict: bool = True,
+    rng: bool = True,
 ) -> Loaded:
     """Restore a model and its optimizer from ``path``, a checkpoint or a directory of them (then the
     newest complete one), on any number of ranks. Collective.
 
     hyperparameters=False keeps the optimizer's own lr, weight decay, ... strict=False loads what both
-    sides have and names the rest in ``Loaded.skipped``.
+    sides have and names the rest in ``Loaded.skipped``. Random number generators are restored if the
+    checkpoint has their states and the number of ranks is that which saved; rng=False leaves them.
     Raises CheckpointError on every rank, with nothing changed, for a checkpoint that is missing, damaged
     or of another model or spec.
     """
+    store.settle()
     directory, manifest = store.find(Path(path))
+    with_groups = hyperparameters and manifest.content["optimizer"]
+    others = together(f"reading {directory}", lambda: _extra.wanted(manifest))
+    states, unused = together(f"reading {directory}", lambda: _rng.wanted(manifest, rng, *world()))
 
     def match() -> tuple[Inventory, list[Piece], list[str]]:
         inventory = Inventory(
@@ -105,17 +154,20 @@ def load(
         )
         pieces = list(inventory.pieces(whole_units=True))
         skipped = _compare(manifest, inventory, pieces, strict)
-        if optimizer is not None and hyperparameters:
+        if with_groups:
             inventory.check_groups(manifest.groups)
+        _extra.decode(manifest.extra, {p.key: p.data for p in others})  # its errors before any change
         return inventory, [p for p in pieces if p.key in manifest.tensors], skipped
 
-    inventory, pieces, skipped = _everywhere(f"matching {directory} with the model", match)
-    store.read_into(directory, manifest, pieces)
-    inventory.adopt(manifest, hyperparameters)
-    return Loaded(directory, manifest.step, manifest.extra, skipped)
+    inventory, pieces, skipped = together(f"matching {directory} with the model", match)
+    store.read_into(directory, manifest, pieces + others + states)
+    inventory.adopt(manifest, with_groups)
+    _rng.restore({p.key: p.data[0] for p in states})
+    extra = _extra.decode(manifest.extra, {p.key: p.data for p in others})
+    return Loaded(directory, manifest.step, extra, skipped + unused, bool(states))
 
 
-def digest(model: nn.Module, optimizer: QuantizedOptimizer | None = None) -> str:
+def digest(model: Any, optimizer: QuantizedOptimizer | None = None) -> str:
     """A hex digest of parameters, buffers and quantized states (with their step counts), from the live
     tensors, the same for every sharding and number of ranks; one flipped bit changes it. Collective.
     """
@@ -124,20 +176,21 @@ def digest(model: nn.Module, optimizer: QuantizedOptimizer | None = None) -> str
         inventory = Inventory(model, optimizer, parameters=True, frozen=True)
         return inventory, [f"{k} {v['shape']} {v.get('step')}" for k, v in inventory.facts().items()]
 
-    inventory, facts = _everywhere("preparing a digest", collect)
+    store.settle()
+    inventory, facts = together("preparing a digest", collect)
     return _digest(_own_pieces(inventory), facts)
+
+
+def _check_numbers(step: Any, keep_last: Any) -> None:
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 10**10:
+        raise CheckpointError(f"step={step!r}: expected an integer in [0, 10^10)")
+    if keep_last is not None and (type(keep_last) is not int or keep_last < 1):
+        raise CheckpointError(f"keep_last={keep_last!r}: expected None or a number from 1")
 
 
 def _own_pieces(inventory: Inventory) -> list[Piece]:
     """What this rank holds. Ranks exchange halves of cut bytes here, so all must have come this far."""
-    return _everywhere("collecting tensors", lambda: list(inventory.pieces(whole_units=False)))
-
-
-def _everywhere(what: str, work: Any) -> Any:
-    """``work()`` of this rank; if it raises on any rank, it raises on all."""
-    kept: list[Any] = []
-    together(what, lambda: kept.append(work()))
-    return kept[0]
+    return together("collecting tensors", lambda: list(inventory.pieces(whole_units=False)))
 
 
 def _compare(manifest: Manifest, inventory: Inventory, pieces: list[Piece], strict: bool) -> list[str]:
@@ -157,7 +210,8 @@ def _compare(manifest: Manifest, inventory: Inventory, pieces: list[Piece], stri
                 f"{piece.key}: the checkpoint has {info.dtype} {info.shape}, this model "
                 f"{piece.dtype} {piece.shape}"
             )
-    ours, theirs = inventory.keys(), set(manifest.tensors)
+    ours = inventory.keys()
+    theirs = {key for key in manifest.tensors if not key.startswith(("extra/", "rng/"))}
     if inventory.optimizer is None:  # the model alone
         theirs = {key for key in theirs if not key.startswith("state/")}
     missing, extra = sorted(ours - theirs), sorted(theirs - ours)

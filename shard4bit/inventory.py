@@ -31,11 +31,11 @@ def checked_json(extra: Any) -> Any:
 
 def _source(model: Any, optimizer: QuantizedOptimizer | None) -> tuple[Source, QuantizedOptimizer | None]:
     """The model as its engine sees it, and the optimizer."""
-    if "deepspeed" in sys.modules:
+    engine = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", None)
+    if isinstance(engine, type) and isinstance(model, engine):
         from shard4bit.deepspeed import source as zero
 
-        if zero.is_engine(model):
-            return zero.of(model)
+        return zero.of(model)
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, nn.parallel.DistributedDataParallel):

@@ -1,5 +1,5 @@
-"""From a parameter (plain tensor or DTensor) to the slab that this rank holds, its neighbours, and
-the DTensors that carry its state. Uses torch's public API only."""
+"""Where parameters lie: from a parameter (plain tensor or DTensor), or a model, to the slabs that this rank
+holds. Uses torch's public API only."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import gc
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from shard4bit.comm import Group, TorchGroup
+from shard4bit.comm import Group
 from shard4bit.errors import LayoutError
-from shard4bit.layout import Neighbours, Range, Slab, matrix_view
+from shard4bit.layout import Neighbours, Slab
+from shard4bit.sharding import Sharding, is_dtensor, to_local
 from shard4bit.state import Part
 
 #: put into names by torch.compile, activation checkpointing and FSDP1
@@ -29,7 +29,9 @@ class Placed:
     data, grad: give this rank's elements (``slab.shape``) and their gradient (or None).
     neighbours: the process groups along which it is sharded, and how.
     wrap: makes of a local state tensor what ``optimizer.state`` shows (a DTensor, or the tensor itself).
-    obstacle: (part) -> why a part cannot be shown as a DTensor, or None.
+    obstacle: (part) -> why state_dict() cannot give a part as a DTensor, or None.
+    gather: (local, part) -> the DTensor that state_dict() gives of a part that ``wrap`` cannot show as one,
+        or None where it can; collective. ungather: (such a tensor, part) -> this rank's part of it.
     prefix: of the state's keys, where one optimizer parameter holds several parameters.
     name: the parameter's own name in the model, where an engine's adapter knows it.
     options: what of its group's options this parameter has otherwise.
@@ -41,6 +43,8 @@ class Placed:
     neighbours: tuple[tuple[Group, Neighbours], ...] = ()
     wrap: Callable[[Tensor, Part], Tensor] = lambda local, part: local
     obstacle: Callable[[Part], str | None] = lambda part: None
+    gather: Callable[[Tensor, Part], Tensor | None] = lambda local, part: None
+    ungather: Callable[[Tensor, Part], Tensor] = lambda saved, part: saved
     prefix: str = ""
     name: str = ""
     options: dict[str, Any] = field(default_factory=dict)
@@ -71,8 +75,9 @@ class Source:
 
     def buffers(self) -> list[tuple[str, Tensor]]:
         """Those that belong into a checkpoint."""
-        persistent = set(self.model.state_dict(keep_vars=True))
-        return [(plain_name(n), buffer) for n, buffer in self.model.named_buffers() if n in persistent]
+        persistent = set(map(plain_name, self.model.state_dict(keep_vars=True)))
+        named = [(plain_name(name), buffer) for name, buffer in self.model.named_buffers()]
+        return [(name, buffer) for name, buffer in named if name in persistent]
 
     def loaded(self) -> None:
         """Called on all ranks after a checkpoint has been read into the parameters."""
@@ -83,18 +88,6 @@ def plain_name(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
-
-
-def is_dtensor(tensor: Any) -> bool:
-    """Whether it is a DTensor, without importing them (which takes half a second)."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def to_local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, sharing its memory; a plain tensor itself."""
-    with torch.no_grad():
-        return tensor.to_local() if is_dtensor(tensor) else tensor.detach()  # type: ignore[attr-defined]
 
 
 def place(param: Tensor, name: str = "a parameter") -> Placed:
@@ -148,7 +141,7 @@ def refuse_stale(params: Sequence[Tensor]) -> None:
 
 
 def _place_dtensor(param: Any, name: str) -> Placed:
-    sharding = _Sharding(param, name)
+    sharding = Sharding(param, name)
 
     def grad() -> Tensor | None:
         found = param.grad
@@ -165,122 +158,6 @@ def _place_dtensor(param: Any, name: str) -> Placed:
         neighbours=sharding.neighbours(),
         wrap=sharding.wrap,
         obstacle=sharding.obstacle,
+        gather=sharding.gather,
+        ungather=sharding.ungather,
     )
-
-
-class _Sharding:
-    """A DTensor's mesh dimensions, sorted into those that shard its rows and those that shard its
-    columns."""
-
-    def __init__(self, param: Any, name: str) -> None:
-        self.mesh, self.placements, self.name = param.device_mesh, param.placements, name
-        chunks = param.__create_chunk_list__()
-        if len(chunks) != 1 or any(p.is_partial() for p in self.placements):
-            raise LayoutError(
-                f"{name} has placements {self.placements} on {self.mesh}: expected Shard and Replicate "
-                "with one contiguous piece a rank"
-            )
-        sizes, offsets = chunks[0].sizes, chunks[0].offsets
-        ends = zip(offsets, sizes, param.shape, strict=True)
-        self.ranges: list[Range] = [(min(o, d), min(o, d) + n) for o, n, d in ends]
-        self.view = matrix_view(param.shape)
-        self._check_columns()
-        self.slab = Slab.box(param.shape, self.ranges)
-        assert tuple(to_local(param).shape) == self.slab.shape, (name, self.slab)
-
-    def _check_columns(self) -> None:
-        """Refuse what would not give every rank one window of columns, by a rule that holds on all ranks
-        alike, those with an empty part too."""
-        view = self.view
-        dims = [self._sharded_dim(mesh_dim) for mesh_dim in range(self.mesh.ndim)]
-        cut = [mesh_dim for mesh_dim, dim in enumerate(dims) if dim is not None and dim >= view.split]
-        strided = any(not self.placements[mesh_dim].is_shard() for mesh_dim in cut)
-        gaps = any(size > 1 for mesh_dim in cut for size in view.shape[view.split : dims[mesh_dim]])
-        if len(cut) > 1 or strided or gaps:
-            raise LayoutError(
-                f"{self.name} of shape {view.shape}, with placements {self.placements}, has its columns "
-                f"(dimensions {tuple(range(view.split, len(view.shape)))}) cut twice or in strides: shard "
-                f"a dimension before them, or only dimension {view.split}, by one mesh dimension"
-            )
-
-    def _sharded_dim(self, mesh_dim: int) -> int | None:
-        """The tensor dimension that a mesh dimension of more than one rank shards."""
-        placement = self.placements[mesh_dim]
-        if placement.is_replicate() or self.mesh.size(mesh_dim) == 1:
-            return None
-        return placement.dim % len(self.view.shape)
-
-    def neighbours(self) -> tuple[tuple[Group, Neighbours], ...]:
-        out: list[tuple[Group, Neighbours]] = []
-        for mesh_dim in range(self.mesh.ndim):
-            dim = self._sharded_dim(mesh_dim)
-            if dim is None:
-                continue
-            group = TorchGroup(self.mesh.get_group(mesh_dim))
-            if dim < self.view.split:
-                out.append((group, Neighbours("rows")))
-            else:
-                out.append((group, Neighbours("cols", self._column_edges(mesh_dim, dim))))
-        return tuple(out)
-
-    def _column_edges(self, mesh_dim: int, dim: int) -> tuple[int, ...]:
-        """Global column boundaries between the ranks of the mesh dimension that cuts the columns."""
-        edges = chunk_edges(0, self.view.shape[dim], self.mesh.size(mesh_dim))
-        return tuple(e * prod(self.view.shape[dim + 1 :]) for e in edges)
-
-    def obstacle(self, part: Part) -> str | None:
-        if part.role != "units":
-            return None
-        for _, neighbours in self.neighbours():
-            if neighbours.kind != "cols":
-                continue
-            edges, cols = neighbours.edges, self.view.cols
-            units = [-(-e // part.unit) for e in edges]
-            even = tuple(units) == chunk_edges(units[0], units[-1], len(units) - 1)
-            if not even or any(e % part.unit and e != cols for e in edges):
-                return (
-                    f"the columns of {self.name} are cut at {edges}, which are not multiples of "
-                    f"{part.unit} in even steps: the {part.suffix} of its state cannot be a DTensor"
-                )
-        return None
-
-    def wrap(self, local: Tensor, part: Part) -> Tensor:
-        """A DTensor over ``local`` (sharing its memory) with the parameter's mesh."""
-        from torch.distributed.tensor import DTensor
-
-        if self.obstacle(part) is not None:
-            return local
-        shape = part.global_shape(self.slab)
-        return DTensor.from_local(
-            local,
-            self.mesh,
-            self._state_placements(part),
-            run_check=False,
-            shape=torch.Size(shape),
-            stride=torch.empty(shape, device="meta").stride(),
-        )
-
-    def _state_placements(self, part: Part) -> Sequence[Any]:
-        from torch.distributed.tensor import Replicate, Shard
-
-        split = self.view.split
-        out: list[Any] = []
-        for mesh_dim, placement in enumerate(self.placements):
-            dim = self._sharded_dim(mesh_dim)
-            if part.role == "full":
-                out.append(placement)
-            elif dim is None or part.role == "scalar":
-                out.append(Replicate())
-            elif dim < split:
-                out.append(placement if part.role in ("units", "rows") else Replicate())
-            elif part.role == "cols":
-                out.append(Shard(dim - split))
-            else:
-                out.append(Shard(split) if part.role == "units" else Replicate())
-        return out
-
-
-def chunk_edges(start: int, stop: int, parts: int) -> tuple[int, ...]:
-    """Boundaries of [start, stop) cut as torch.chunk and DTensor's Shard do."""
-    step = -(-(stop - start) // parts)
-    return tuple(min(start + k * step, stop) for k in range(parts + 1))

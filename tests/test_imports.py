@@ -19,10 +19,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "shard4bit"
 #: From top to bottom. A part may import what is below it, and itself.
 LAYERS = (
     {"cli", "__main__"},
-    {"api", "inventory", "rectangles"},
+    {"api", "inventory", "plot", "rectangles"},
     {"fsdp", "deepspeed"},
     {"optim", "checkpoint"},
     {"placement"},
+    {"sharding"},
     {"dispatch"},
     {"cuda"},
     {"reference"},
@@ -36,7 +37,9 @@ ENGINES = {"fsdp", "deepspeed"}
 THIRD_PARTY = {  # package -> the parts that may import it; None: any but the lowest layer
     "torch": None,
     "numpy": None,
-    "safetensors": {"checkpoint"},
+    "safetensors": {"checkpoint", "cli"},
+    "rich": {"cli"},
+    "matplotlib": {"plot"},
     "xxhash": {"checkpoint"},
     "cupy": {"cuda"},
     "deepspeed": {"deepspeed"},
@@ -46,7 +49,7 @@ ALLOWED = {
     ("optim/base.py", "_optimizer_load_state_dict_pre_hooks"),
     ("optim/base.py", "_optimizer_load_state_dict_post_hooks"),
     ("placement.py", "_fsdp_flattened"),  # FSDP1's mark on original parameters, which must be refused
-    ("placement.py", "__create_chunk_list__"),  # how DTensor describes its piece to checkpoints
+    ("sharding.py", "__create_chunk_list__"),  # how DTensor describes its piece to checkpoints
 }
 
 

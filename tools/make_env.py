@@ -3,7 +3,8 @@
 Where the base interpreter has torch 2.11 or newer (a GPU machine), the environment sees all of the
 base interpreter's packages and only what is missing is installed; torch never is. Elsewhere torch is
 installed first, pinned, so that no later range pulls in another build, and then every pinned
-package. It is no error if nothing can be downloaded as long as what the demo imports is there.
+package. DeepSpeed comes last, because its build looks at torch. It is no error if nothing can be
+downloaded as long as what the demo imports is there.
 """
 
 import os
@@ -14,6 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = "torch==2.13.0"
+DEEPSPEED = ["deepspeed==0.19.8", "einops==0.8.2", "hjson==3.1.0", "msgpack==1.2.4", "ninja==1.13.2"]
+DEEPSPEED += ["psutil==7.2.2", "py-cpuinfo==9.0.0", "pydantic==2.14.3"]
+WITHOUT_OPERATORS = {"DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}  # while DeepSpeed is built
 REQUIREMENTS = ROOT / "requirements-dev.txt"
 NEW_ENOUGH = "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 11)"
 FOR_DEMO = ["torch", "numpy", "safetensors", "xxhash", "tqdm", "matplotlib"]
@@ -38,10 +42,11 @@ def runs(python, code):
     return subprocess.run([str(python), "-c", code], capture_output=True).returncode == 0
 
 
-def pip(python, *packages):
+def pip(python, *packages, **variables):
     """Install packages quietly with the environment's pip; return whether that worked."""
     command = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
-    return subprocess.run([*command, "--retries", "2", *packages], cwd=ROOT).returncode == 0
+    env = {**os.environ, **variables}
+    return subprocess.run([*command, "--retries", "2", *packages], cwd=ROOT, env=env).returncode == 0
 
 
 def create(venv):
@@ -75,6 +80,15 @@ def missing(python):
     return found
 
 
+def add_deepspeed(python):
+    """Install DeepSpeed unless it is there; warn if that fails."""
+    if has(python, "torch", "deepspeed"):
+        return
+    print(f"make env: installing {DEEPSPEED[0]}")
+    if not pip(python, "--no-build-isolation", *DEEPSPEED, **WITHOUT_OPERATORS):
+        print("make env: warning: DeepSpeed could not be installed; the tests that need it are skipped")
+
+
 def main():
     """Bring the environment named by the first argument up to date."""
     if sys.version_info < (3, 10):  # noqa: UP036  (make may find an older one)
@@ -98,6 +112,7 @@ def main():
         print(f"make env: installing {TORCH} and the packages of {REQUIREMENTS.name} (minutes)")
         installed = pip(python, TORCH, "numpy") and pip(python, "-r", str(REQUIREMENTS))
     if installed:
+        add_deepspeed(python)
         return
     if not has(python, *FOR_DEMO):
         lacking = [x for x in FOR_DEMO if not has(python, x)]

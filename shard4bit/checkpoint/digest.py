@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from shard4bit.checkpoint.pieces import Piece, holding, owned
-from shard4bit.checkpoint.ranks import exchange, together, world
+from shard4bit.checkpoint.pieces import Piece
+from shard4bit.checkpoint.plan import agree
+from shard4bit.checkpoint.ranks import at_first, to_first
 
 _CHUNK = 1 << 20  # elements hashed at a time
 _ODD = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -45,17 +46,20 @@ def piece_sum(piece: Piece) -> int:
 
 def digest(pieces: Sequence[Piece], facts: Sequence[str]) -> str:
     """Hex digest (128 bits) of all ranks' tensors and of ``facts`` (equal on all ranks). Collective."""
-    rank, _ = world()
-    holdings = exchange(holding(pieces))
-    mine = together("planning the digest", lambda: owned(holdings, rank))[rank]
+    mine, plan = agree("planning the digest", pieces)
     sums: dict[str, int] = {}
     for piece in pieces:
         if (piece.key, piece.rect) in mine:
             sums[piece.key] = sums.get(piece.key, 0) + piece_sum(piece)
-    total: dict[str, int] = {}
-    for found in exchange(sums):
-        for key, value in found.items():
-            total[key] = (total.get(key, 0) + value) % 2**64
-    lines = sorted(f"{key} {value:016x}" for key, value in total.items())
-    text = "\n".join([*lines, *sorted(facts)])
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    said = to_first(sums)
+
+    def add() -> str:
+        total = dict.fromkeys(plan.tensors, 0)
+        for found in said:
+            for key, value in found.items():
+                total[key] = (total[key] + value) % 2**64
+        lines = sorted(f"{key} {value:016x}" for key, value in total.items())
+        text = "\n".join([*lines, *sorted(facts)])
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    return at_first("adding up the digest", add)

@@ -6,26 +6,25 @@ length, a JSON header, the tensors.)
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Sequence
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
-from shard4bit.checkpoint.manifest import SIZES, Entry, TensorInfo
+from shard4bit.checkpoint import header
+from shard4bit.checkpoint.header import Stored
 from shard4bit.checkpoint.pieces import DTYPES, Piece, Rect
 from shard4bit.errors import CheckpointError
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = header.CHUNK_BYTES
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
-
-
-def file_name(rank: int) -> str:
-    return f"rank-{rank:05d}.safetensors"
 
 
 def _bytes(rows: Tensor) -> memoryview:
@@ -34,87 +33,108 @@ def _bytes(rows: Tensor) -> memoryview:
     return host.reshape(-1).view(torch.uint8).numpy().data
 
 
-def write_file(path: Path, pieces: Sequence[Piece]) -> tuple[int, dict[str, list[Entry]]]:
-    """Write pieces to a new file and fsync it. Returns its size and the entries by tensor."""
-    header, offset = {}, 0
-    for piece in pieces:
-        r, size = piece.rect, piece.rect.area * SIZES[piece.dtype]
-        name = f"{piece.key}[{r.row0}:{r.row1},{r.col0}:{r.col1}]"
-        shape = [r.row1 - r.row0, r.col1 - r.col0]
-        header[name] = {
-            "dtype": piece.dtype,
-            "shape": shape,
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    entries: dict[str, list[Entry]] = {}
-    with open(path, "xb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for piece in pieces:
-            entries.setdefault(piece.key, []).append(_write_piece(out, path.name, piece))
-        size = out.tell()
-        out.flush()
-        os.fsync(out.fileno())
-    return size, entries
+def write_file(path: Path, pieces: Sequence[Piece]) -> tuple[int, str]:
+    """Write pieces to a new file and fsync it. Returns its size and its header's checksum.
 
-
-def _write_piece(out: object, name: str, piece: Piece) -> Entry:
-    r = piece.rect
-    row_bytes = (r.col1 - r.col0) * SIZES[piece.dtype]
-    chunk_rows = max(1, CHUNK_BYTES // max(row_bytes, 1))
-    begin, sums = out.tell(), []  # type: ignore[attr-defined]
-    for start in range(0, r.row1 - r.row0, chunk_rows):
-        chunk = _bytes(piece.data[start : start + chunk_rows])
-        sums.append(xxhash.xxh3_64_hexdigest(chunk))
-        out.write(chunk)  # type: ignore[attr-defined]
-    return Entry(name, r, begin, chunk_rows, sums)
-
-
-def read_rect(
-    directory: Path, key: str, info: TensorInfo, want: Rect, use: Callable[[Rect, Tensor], None]
-) -> None:
-    """Read what is needed of ``want``, check every byte read, and hand over (rectangle, values).
-
-    Raises CheckpointError, naming file and tensor, for damaged or missing data.
+    Needs 4 MiB (or one row) of host memory beside the pieces.
     """
-    for entry in info.entries:
-        both = entry.rect.meet(want)
-        if both is None:
-            continue
-        path = directory / entry.file
-        try:
-            with open(path, "rb") as file:
-                for chunk, values in _chunks(file, path, key, info, entry, both):
-                    part = chunk.meet(want)
-                    if part is not None:
-                        use(part, _cut(values, chunk, part))
-        except OSError as error:
-            raise CheckpointError(f"{path} ({key}) cannot be read: {error.strerror}") from None
+    parts = [(p.key, p.rect, p.dtype) for p in pieces]
+    sums: list[str] = []
+    with open(path, "xb", buffering=0) as out:
+        _write(out, header.build(parts))
+        for piece in pieces:
+            step = header.chunk_rows(piece.rect, piece.dtype)
+            for start in range(0, len(piece.data), step):
+                chunk = _bytes(piece.data[start : start + step])
+                sums.append(xxhash.xxh3_64_hexdigest(chunk))
+                _write(out, chunk)
+        size = out.tell()
+        out.seek(0)
+        head = header.build(parts, sums)
+        _write(out, head)
+        os.fsync(out.fileno())
+    return size, xxhash.xxh3_64_hexdigest(head)
 
 
-def _chunks(file, path: Path, key: str, info: TensorInfo, entry: Entry, both: Rect):  # type: ignore[no-untyped-def]
-    """(rectangle, values) of the checked chunks of an entry that touch ``both``."""
-    rect, width = entry.rect, entry.rect.col1 - entry.rect.col0
-    row_bytes = width * SIZES[info.dtype]
-    for number in range(len(entry.checksums)):
-        row0 = rect.row0 + number * entry.chunk_rows
-        row1 = min(rect.row1, row0 + entry.chunk_rows)
-        if row1 <= both.row0 or row0 >= both.row1:
-            continue
-        file.seek(entry.begin + (row0 - rect.row0) * row_bytes)
-        data = bytearray((row1 - row0) * row_bytes)
-        if file.readinto(data) != len(data):
-            raise CheckpointError(f"{path} is cut short within {key}")
-        if xxhash.xxh3_64_hexdigest(data) != entry.checksums[number]:
-            raise CheckpointError(f"{path} is damaged: {key}, rows {row0} to {row1}: checksum differs")
-        values = torch.from_numpy(np.frombuffer(data, dtype=np.uint8)).view(TORCH_DTYPES[info.dtype])
-        yield Rect(row0, row1, rect.col0, rect.col1), values.view(row1 - row0, width)
+def _write(out: Any, data: bytes | memoryview) -> None:
+    """All of it; the system may take less at a time."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[out.write(rest) :]
 
 
-def _cut(values: Tensor, have: Rect, want: Rect) -> Tensor:
-    """The part ``want`` of the rectangle ``have``."""
-    return values[
-        want.row0 - have.row0 : want.row1 - have.row0, want.col0 - have.col0 : want.col1 - have.col0
-    ]
+@contextmanager
+def opened(path: Path, size: int, head: str) -> Iterator[tuple[BinaryIO, list[Stored]]]:
+    """An open file of known size and header, and what it holds. Raises CheckpointError, naming the file,
+    for a file that is missing, of another size, not a plain file, or damaged in its header."""
+    try:
+        with open(path, "rb", buffering=0, opener=_plain) as file:
+            info = os.fstat(file.fileno())
+            if not stat.S_ISREG(info.st_mode):
+                raise CheckpointError(f"{path} is not a plain file")
+            if info.st_size != size:
+                raise CheckpointError(f"{path} has {info.st_size} bytes, expected {size}: damaged")
+            try:
+                stored = header.read(file, size, head)  # type: ignore[arg-type]
+            except CheckpointError as error:
+                raise CheckpointError(f"{path} cannot be used: {error}") from None
+            yield file, stored  # type: ignore[misc]
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _plain(path: str, flags: int) -> int:
+    """Follow no link, which might lead anywhere, and wait for no pipe."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+
+
+#: gives memory for so many bytes
+Buffer = Callable[[int], np.ndarray]
+
+
+class Scratch:
+    """A Buffer that gives the same memory again: touching fresh memory costs more than reading a file that
+    the system has cached."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+
+    def __call__(self, size: int) -> np.ndarray:
+        if size > len(self._memory):
+            self._memory = np.empty(size, np.uint8)
+        return self._memory[:size]
+
+
+def chunks(
+    file: BinaryIO, path: Path, stored: Stored, want: Rect, buffer: Buffer
+) -> Iterator[tuple[Rect, Tensor]]:
+    """(rectangle, values) of the chunks that touch ``want``, each checked, in memory from ``buffer``.
+    Raises CheckpointError, naming file and tensor, for damage."""
+    rect, row_bytes = stored.rect, stored.row_bytes
+    first = max(0, want.row0 - rect.row0) // stored.chunk_rows
+    for number in range(first, len(stored.sums)):
+        row0 = rect.row0 + number * stored.chunk_rows
+        row1 = min(rect.row1, row0 + stored.chunk_rows)
+        if row0 >= want.row1:
+            return
+        data = buffer((row1 - row0) * row_bytes)
+        file.seek(stored.begin + (row0 - rect.row0) * row_bytes)
+        if not _fill(file, data):
+            raise CheckpointError(f"{path} is cut short within {stored.key}")
+        if xxhash.xxh3_64_hexdigest(data.data) != stored.sums[number]:
+            raise CheckpointError(f"{path} is damaged: {stored.key}, rows {row0} to {row1}: checksum differs")
+        values = torch.from_numpy(data).view(TORCH_DTYPES[stored.dtype])
+        part = Rect(row0, row1, rect.col0, rect.col1)
+        yield part, values.view(part.shape)
+
+
+def _fill(file: BinaryIO, data: np.ndarray) -> bool:
+    rest = memoryview(data.data)
+    while rest:
+        found = file.readinto(rest)  # type: ignore[attr-defined]
+        if not found:
+            return False
+        rest = rest[found:]
+    return True

@@ -1,10 +1,11 @@
-"""What a rank holds of the canonical tensors, and who of several holders counts."""
+"""What a rank holds of the canonical tensors, and whether rectangles tile a tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+SIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 
 
 @dataclass(frozen=True, order=True)
@@ -38,11 +40,20 @@ class Rect:
     def area(self) -> int:
         return (self.row1 - self.row0) * (self.col1 - self.col0)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.row1 - self.row0, self.col1 - self.col0
+
     def meet(self, other: Rect) -> Rect | None:
         """The common part, or None."""
         row0, row1 = max(self.row0, other.row0), min(self.row1, other.row1)
         col0, col1 = max(self.col0, other.col0), min(self.col1, other.col1)
         return Rect(row0, row1, col0, col1) if row0 < row1 and col0 < col1 else None
+
+    def cut(self, values: Tensor, part: Rect) -> Tensor:
+        """The view ``part`` of this rectangle's values."""
+        rows = values[part.row0 - self.row0 : part.row1 - self.row0]
+        return rows[:, part.col0 - self.col0 : part.col1 - self.col0]
 
 
 @dataclass(frozen=True)
@@ -66,63 +77,55 @@ class Piece:
 def check_unique(pieces: Sequence[Piece]) -> None:
     seen: set[tuple[str, Rect]] = set()
     for piece in pieces:
-        assert piece.data.shape == (
-            piece.rect.row1 - piece.rect.row0,
-            piece.rect.col1 - piece.rect.col0,
-        ), piece
+        assert tuple(piece.data.shape) == piece.rect.shape, piece
         assert (piece.key, piece.rect) not in seen, piece.key
         seen.add((piece.key, piece.rect))
 
 
-#: a tensor as one rank announces it: key -> (dtype, shape, rectangles)
-Holding = dict[str, tuple[str, tuple[int, int], list[Rect]]]
+def check_cover(key: str, shape: tuple[int, int], rects: np.ndarray) -> None:
+    """Raise CheckpointError unless rectangles (n, 4: row0, row1, col0, col1) tile (rows, columns) without
+    gap or overlap. O(n log n).
 
-
-def holding(pieces: Sequence[Piece]) -> Holding:
-    out: Holding = {}
-    for piece in pieces:
-        out.setdefault(piece.key, (piece.dtype, piece.shape, []))[2].append(piece.rect)
-    return out
-
-
-def owned(holdings: Sequence[Holding], rank: int) -> set[tuple[str, Rect]]:
-    """The rectangles that ``rank`` writes: of equal ones on several ranks, the lowest rank's.
-
-    Raises CheckpointError if ranks disagree about a tensor or if a tensor is not covered exactly.
+    How often each element is covered is determined by the sum of the rectangles' signed corners: it is
+    1 within the tensor and 0 outside if and only if that sum is the tensor's own four corners.
     """
-    owners: dict[str, dict[Rect, int]] = {}
-    kinds: dict[str, tuple[str, tuple[int, int]]] = {}
-    for holder, held in enumerate(holdings):
-        for key, (dtype, shape, rects) in held.items():
-            if kinds.setdefault(key, (dtype, shape)) != (dtype, shape):
-                raise CheckpointError(
-                    f"rank {holder} has {key} as {dtype} {shape}, another rank as {kinds[key]}: all "
-                    "ranks must hold the same model"
-                )
-            for rect in rects:
-                owners.setdefault(key, {}).setdefault(rect, holder)
-    for key, by_rect in owners.items():
-        check_cover(key, kinds[key][1], list(by_rect))
-    return {(key, r) for key, by_rect in owners.items() for r, o in by_rect.items() if o == rank}
+    if len(rects) <= 4 and _few_cover(shape, [Rect(*r) for r in rects.tolist()]):
+        return
+    row0, row1, col0, col1 = rects.T
+    wrong = (row0 < 0) | (col0 < 0) | (row1 > shape[0]) | (col1 > shape[1]) | (row0 >= row1) | (col0 >= col1)
+    if wrong.any():
+        rect = Rect(*rects[wrong][0].tolist())
+        raise CheckpointError(f"{key}: rectangle {rect} is empty or outside of shape {shape}")
+    rows, cols = shape
+    whole = np.array([[0, rows, 0, cols]] if rows * cols else np.zeros((0, 4)), np.int64)
+    parts = np.concatenate([rects, whole])
+    sign = np.concatenate([np.ones(len(rects), np.int64), -np.ones(len(whole), np.int64)])
+    r = np.concatenate([parts[:, 0], parts[:, 1], parts[:, 0], parts[:, 1]])
+    c = np.concatenate([parts[:, 2], parts[:, 3], parts[:, 3], parts[:, 2]])
+    weight = np.concatenate([sign, sign, -sign, -sign])
+    if len(r) == 0:
+        return
+    order = np.lexsort((c, r))
+    r, c, weight = r[order], c[order], weight[order]
+    first = np.concatenate([[True], (np.diff(r) != 0) | (np.diff(c) != 0)])
+    if np.add.reduceat(weight, np.flatnonzero(first)).any():
+        _explain(key, shape, rects)
 
 
-def check_cover(key: str, shape: tuple[int, int], rects: Sequence[Rect]) -> None:
-    """Raise CheckpointError unless the rectangles tile (rows, columns) without gap or overlap."""
-    area = sum(r.area for r in rects)
-    overlap = next(_overlaps(rects), None)
-    if overlap is not None:
-        raise CheckpointError(f"{key}: rectangles {overlap[0]} and {overlap[1]} overlap")
-    if area != shape[0] * shape[1]:
-        raise CheckpointError(f"{key}: {area} of {shape[0] * shape[1]} elements are present")
-    for r in rects:
-        if r.row0 < 0 or r.col0 < 0 or r.row1 > shape[0] or r.col1 > shape[1]:
-            raise CheckpointError(f"{key}: rectangle {r} is outside of shape {shape}")
+def _few_cover(shape: tuple[int, int], rects: list[Rect]) -> bool:
+    """The same for a handful, without numpy's overhead."""
+    whole = Rect(0, shape[0], 0, shape[1])
+    apart = not any(a.meet(b) for i, a in enumerate(rects) for b in rects[:i])
+    inside = all(min(r.shape) > 0 and r.meet(whole) == r for r in rects)
+    return apart and inside and sum(r.area for r in rects) == whole.area
 
 
-def _overlaps(rects: Sequence[Rect]) -> Iterator[tuple[Rect, Rect]]:
-    """Pairs that overlap, by a sweep over rows."""
-    active: list[Rect] = []
-    for rect in sorted(r for r in rects if r.area):
-        active = [a for a in active if a.row1 > rect.row0]
-        yield from ((a, rect) for a in active if a.meet(rect))
-        active.append(rect)
+def _explain(key: str, shape: tuple[int, int], rects: np.ndarray) -> None:
+    area = sum((r1 - r0) * (c1 - c0) for r0, r1, c0, c1 in rects.tolist())
+    if area < shape[0] * shape[1]:
+        raise CheckpointError(f"{key}: at most {area} of {shape[0] * shape[1]} elements are present")
+    several = [Rect(*r) for r in sorted(rects.tolist())[:1000]]
+    for a, b in zip(several, several[1:], strict=False):
+        if a.meet(b):
+            raise CheckpointError(f"{key}: rectangles {a} and {b} overlap")
+    raise CheckpointError(f"{key}: rectangles overlap within shape {shape}")

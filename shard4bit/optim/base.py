@@ -16,6 +16,7 @@ from shard4bit.dispatch import backend_for
 from shard4bit.errors import LayoutError, StateError
 from shard4bit.maths.update import Rule
 from shard4bit.optim import loading, validate
+from shard4bit.optim.gathering import gathered, ungathered
 from shard4bit.optim.report import Report, report
 from shard4bit.optim.stepping import Bound, StepPlan
 from shard4bit.optim.summary import summary
@@ -38,6 +39,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     _spec_options: ClassVar[Mapping[str, tuple[str, bool]]]
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        self._given: set[int] = set()  # identities of the parameters that the caller put in
         self._forget()
         super().__init__(params, defaults)  # type: ignore[arg-type]
 
@@ -77,6 +79,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        self._given.update(map(id, group["params"]))
 
     def __repr__(self) -> str:
         try:
@@ -112,8 +115,10 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         """
         out = []
         params = [p for group in self.param_groups for p in group["params"]]
-        if any(p.requires_grad and p not in self._bound for p in params):
+        known = self.__dict__.get("_layout") is not None  # to an adapter, which sees to that itself
+        if not known and any(p.requires_grad and p not in self._bound for p in params):
             refuse_stale(params)
+            validate.not_replaced(params, self.__dict__.get("_given"))  # (not there after unpickling)
         for index, group in enumerate(self.param_groups):
             names = group.get("param_names") or [
                 f"param_groups[{index}]['params'][{i}]" for i in range(len(group["params"]))
@@ -227,8 +232,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         return report(self._plan().members, self.param_groups, predict)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, with the packed states. Raises LayoutError, on all ranks, where a column cut does
-        not allow the states of a DTensor to be DTensors."""
+        """torch's, with the packed states. Collective where columns are cut within blocks. Raises
+        LayoutError, on all ranks, where a column cut does not allow codes to be DTensors."""
         for bound in self.bind():
             for moment in bound.moments:
                 for part in parts(moment.spec):
@@ -238,7 +243,11 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                             f"{why}, so state_dict() cannot give it: save with shard4bit.save(root, model, "
                             "optimizer, step=...) and resume with shard4bit.load, on any number of ranks"
                         )
-        return super().state_dict()
+        out = super().state_dict()
+        number = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+        for param, entries in gathered(self.bind()).items():
+            out["state"][number[param]] = {**out["state"][number[param]], **entries}
+        return out
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -261,7 +270,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         try:
             for saved_id, param in zip(ids, params, strict=True):
                 if param in self._bound:
-                    copies += loading.matched(self.state[param], found[param], f"parameter {saved_id}")
+                    saved = ungathered(self._bound[param], found[param])
+                    copies += loading.matched(self.state[param], saved, f"parameter {saved_id}")
         except StateError:
             for param in frozen:
                 del self._bound[param], self.state[param]

@@ -183,11 +183,18 @@ def export_state(optimizer: QuantizedOptimizer) -> dict[str, Any]:
     """Ours as a state_dict of ``torch.optim.AdamW`` (or ``SGD``) over the same parameters.
 
     Moments are dequantized: float32, sharded as the parameters are (DTensors where these are). Needs 8
-    bytes a parameter (4 for SGD).
+    bytes a parameter (4 for SGD). Raises LayoutError for a flat tensor of FSDP1 that holds parameters of
+    several weight decays, of which torch has one.
     """
     of: dict[Tensor, list[Bound]] = {}
     for bound in optimizer.bind():
         of.setdefault(bound.param, []).append(bound)
+        others = sorted(set(bound.placed.options) - set(SPEC_OPTIONS))
+        if others:
+            raise LayoutError(
+                f"{bound.placed.name} has {others} other than its flat tensor's group, which torch cannot "
+                "express: wrap the model with use_orig_params=True"
+            )
     states, groups, number = {}, [], 0
     for group in optimizer.param_groups:
         for i, param in enumerate(group["params"], number):

@@ -58,13 +58,16 @@ class Report(list[MomentReport]):
         rows = [head]
         for row in self:
             shares = [
-                "-" if x is None else f"{100 * x:.2f} %" for x in (row.error, row.stale, row.saturated, row.smallest)
+                "-" if x is None else f"{100 * x:.2f} %"
+                for x in (row.error, row.stale, row.saturated, row.smallest)
             ]
             scales = f"{row.scales[0]:.1e} to {row.scales[1]:.1e}" if row.scales else "-"
             rows.append([row.parameter, row.moment, row.spec, *shares, scales])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
-            "  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            "  ".join(
+                c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            )
             for row in rows
         ]
         return "\n".join(line.rstrip() for line in lines)
@@ -188,13 +191,12 @@ def _foreseen(bound: Bound, work: Work) -> list[Foreseen]:
         replace(m, tensors={suffix: t.clone() for suffix, t in m.tensors.items()}) for m in bound.moments
     ]
     olds = [_REFERENCE.decode(m) for m in bound.moments]
-    exact = [
-        bound.rule.advance(i, old.clone(), grad, param, work.scalars) for i, old in enumerate(olds)
-    ]
+    exact = [bound.rule.advance(i, old.clone(), grad, param, work.scalars) for i, old in enumerate(olds)]
     # as in the step itself, on copies: the parameter's is thrown away
     _REFERENCE.apply(bound.rule, Works([replace(work, moments=copies, param=work.param.clone())]))
     return [
-        Foreseen(x, _REFERENCE.decode(copy), old, copy) for x, copy, old in zip(exact, copies, olds, strict=True)
+        Foreseen(x, _REFERENCE.decode(copy), old, copy)
+        for x, copy, old in zip(exact, copies, olds, strict=True)
     ]
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from shard4bit.errors import LayoutError
+from shard4bit.placement import is_dtensor
 
 #: options of torch's optimizers that would change what they compute, and that ours do not have
 UNSUPPORTED = ("amsgrad", "capturable", "differentiable", "foreach", "fused", "decoupled_weight_decay")
@@ -67,6 +71,18 @@ def parameter(param: Tensor) -> None:
         raise ValueError(
             f"a parameter of shape {tuple(param.shape)} has dtype {param.dtype}: expected float32, "
             "bfloat16 or float16 (arithmetic is in float32)"
+        )
+
+
+def not_replaced(params: Sequence[Tensor], given: Set[int] | None) -> None:
+    """Raise LayoutError if DeepSpeed has put its own tensors in the place of all parameters while our
+    adapter, which would know what they hold, was not imported. given: identities of the parameters."""
+    if given is None or "deepspeed" not in sys.modules or "shard4bit.deepspeed" in sys.modules:
+        return
+    if params and not any(id(p) in given or is_dtensor(p) for p in params):
+        raise LayoutError(
+            f"the parameters, such as one of shape {tuple(params[0].shape)}, were replaced after the "
+            "optimizer was built, as DeepSpeed does: import shard4bit.deepspeed before deepspeed.initialize"
         )
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from shard4bit.placement import to_local
 from shard4bit.reference import CPU_CHUNK
 from tests import oracle
 from tests.fsdp import models
@@ -148,3 +149,36 @@ def test_the_recorder_sees_communication_and_whole_tensors() -> None:
     for *seen, created in pool(2).run(control):
         assert all(seen), seen
         assert created == 800
+
+
+def printed(kind: str, layout: str, shape: tuple[int, int] | None) -> tuple[list[Any], str, int, str]:
+    """The collectives of binding and printing and of a step; what is printed; bytes of this rank's state."""
+    model: Any = Zoo({"w": shape}) if shape else models.sharded(Zoo(), layout)
+    if shape:
+        cut = distribute_tensor(model.w.data, models.mesh_of(2, 2), [Shard(0), Shard(1)], src_data_rank=None)
+        model.w = nn.Parameter(cut)
+    optimizer = optimizer_of(kind, model.parameters())
+    before = repr(optimizer)
+    assert not optimizer.state
+    models.train(model, optimizer, 1)
+    models.force(model, 2)
+    with Recorder() as quiet:
+        text = repr(optimizer)
+    assert quiet.calls == []
+    with Recorder() as recorder:
+        optimizer.step()
+    local = [to_local(t) for s in optimizer.state.values() for t in s.values()]
+    return recorder.calls, text, sum(t.numel() * t.element_size() for t in local), before
+
+
+@pytest.mark.parametrize("kind", ["rank1", "block", "factored", "sgd"])
+@pytest.mark.parametrize("world, layout, shape", [(3, "fsdp", None), (4, "hsdp", None), (4, "", (129, 301))])
+def test_printing_tells_what_a_step_communicates(
+    kind: str, world: int, layout: str, shape: tuple[int, int] | None
+) -> None:
+    for calls, text, held, before in pool(world).run(printed, kind, layout, shape):
+        plural = "" if len(calls) == 1 else "s"
+        moved = sum(size for _, _, size in calls)
+        assert f"communication of a step: {moved:,} bytes in {len(calls)} all-reduce{plural}\n" in text + "\n"
+        assert f"state on this rank: {held:,} bytes" in text
+        assert "not bound yet" in before

@@ -59,10 +59,10 @@ def imported(kind: str, layout: str, form: str = "sharded") -> Found:
 
 CASES = [(2, "fsdp", "sharded"), (3, "fsdp", "whole"), (4, "fsdp", "local"), (4, "hsdp", "sharded")]
 CASES += [(4, "experts", "sharded")]
+OTHERS = [(kind, *CASES[i]) for kind in ("block", "factored", "sgd", "B2048/DE-0") for i in (0, 3)]
 
 
-@pytest.mark.parametrize("world, layout, form", CASES)
-@pytest.mark.parametrize("kind", ["rank1", "block", "factored", "sgd", "B2048/DE-0"])
+@pytest.mark.parametrize("kind, world, layout, form", [*(("rank1", *case) for case in CASES), *OTHERS])
 def test_imported_bits_do_not_depend_on_the_sharding(kind: str, world: int, layout: str, form: str) -> None:
     expected, digest = imported(kind, "plain")
     assert expected["state/odd/step"] == (1 if kind == "sgd" else 7)

@@ -1,0 +1,200 @@
+"""Seconds and bytes of checkpoints beside torch's own: python -m benchmarks.checkpoint_speed
+
+An FSDP2 model of 0.29 B parameters (fp32) on 2 gloo ranks of this machine. AdamW4bit's moments by
+shard4bit.save and load (parameters=False) against AdamW's by torch.distributed.checkpoint and by torch.save
+(a file per rank, fsynced), and the same with parameters. "The same bytes" is the floor: a rank writes as
+many from one buffer, fsyncs, and reads them into it. Loads find the files in the page cache. Medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import shard4bit
+from benchmarks.shapes import llama
+
+WORLD = 2
+
+
+class Shapes(nn.Module):
+    """Parameters without a forward."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        for i, shape in enumerate(llama(layers=layers, width=1024, kv=256, mlp=2816, vocab=32000)):
+            self.register_parameter(f"p{i}", nn.Parameter(torch.empty(shape).normal_(0, 0.02)))
+
+
+def local_of(tensor: Any) -> torch.Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def filled(tensor: torch.Tensor) -> torch.Tensor:
+    """Local memory of a (D)Tensor, filled: codes and statistics of any value are as good to copy."""
+    raw = local_of(tensor).detach().view(-1).view(torch.uint8)
+    raw.copy_(torch.arange(raw.numel(), dtype=torch.int32) % 63)
+    return tensor
+
+
+@dataclass
+class Way:
+    name: str
+    save: Callable[[Path], Any]
+    load: Callable[[Path], Any]
+
+
+class Bench:
+    """On one rank."""
+
+    def __init__(self, root: Path, layers: int, repeat: int) -> None:
+        self.root, self.repeat = root, repeat
+        model = Shapes(layers)
+        fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+        self.model: Any = model
+        self.optimizer = shard4bit.fsdp.wrap(model, shard4bit.AdamW4bit, lr=1e-3)
+        self.optimizer.bind()
+        for param in model.parameters():
+            for key, tensor in self.optimizer.state[param].items():
+                if key != "step":
+                    filled(tensor)
+        self.numel = sum(p.numel() for p in model.parameters())
+        self.params = dict(model.named_parameters())
+        names = [(n, m) for n in self.params for m in ("exp_avg", "exp_avg_sq")]
+        self.moments = {f"{n}.{m}": filled(torch.empty_like(self.params[n].detach())) for n, m in names}
+
+    def timed(self, work: Callable[[], Any]) -> float:
+        dist.barrier()
+        start = time.perf_counter()
+        work()
+        dist.barrier()
+        return time.perf_counter() - start
+
+    def once(self, way: Way) -> tuple[float, float, int]:
+        """Seconds to save and to load, and bytes on disk."""
+        place = self.root / "checkpoint"
+        if dist.get_rank() == 0:
+            place.mkdir()
+            os.sync()
+        saving = self.timed(lambda: way.save(place))
+        size = sum(p.stat().st_size for p in place.rglob("*") if p.is_file())
+        loading = self.timed(lambda: way.load(place))
+        if dist.get_rank() == 0:
+            shutil.rmtree(place)
+        return saving, loading, size
+
+    def table(self, ways: list[Way]) -> None:
+        """Print a line each. They take turns, so that all meet the same disk and memory; the first round
+        warms up."""
+        seen = [[self.once(way) for way in ways] for _ in range(self.repeat + 1)][1:]
+        for way, *rounds in zip(ways, *seen, strict=True):
+            s, r, size = (statistics.median(values) for values in zip(*rounds, strict=True))
+            if dist.get_rank() == 0:
+                cells = f"{size / 1e6:,.0f} MB | {s:.2f} s | {r:.2f} s | {s + r:.2f} s"
+                print(f"| {way.name} | {cells} |", flush=True)
+
+    def ours(self, parameters: bool) -> Way:
+        def save(place: Path) -> None:
+            shard4bit.save(place, self.model, self.optimizer, step=1, parameters=parameters)
+
+        def load(place: Path) -> None:
+            shard4bit.load(place, self.model, self.optimizer)
+
+        return Way("shard4bit", save, load)
+
+    def dcp(self, parameters: bool) -> Way:
+        tensors = {**self.moments, **(self.params if parameters else {})}
+        return Way(
+            "AdamW, torch.distributed.checkpoint",
+            lambda place: dcp.save(dict(tensors), checkpoint_id=place),
+            lambda place: dcp.load(dict(tensors), checkpoint_id=place),
+        )
+
+    def torch_save(self, parameters: bool) -> Way:
+        tensors = {**self.moments, **(self.params if parameters else {})}
+        local = {name: local_of(t.detach()) for name, t in tensors.items()}
+        name = f"{dist.get_rank()}.pt"
+
+        def save(place: Path) -> None:
+            with open(place / name, "wb") as file:
+                torch.save(local, file)
+                file.flush()
+                os.fsync(file.fileno())
+
+        def load(place: Path) -> None:
+            for key, value in torch.load(place / name, weights_only=True).items():
+                local[key].copy_(value)
+
+        return Way("AdamW, torch.save per rank", save, load)
+
+    def floor(self, parameters: bool) -> Way:
+        """As many bytes as ours."""
+        tensors = [t for p in self.params.values() for k, t in self.optimizer.state[p].items() if k != "step"]
+        tensors += list(self.params.values()) if parameters else []
+        local = list(map(local_of, tensors))
+        buffer = np.ones(sum(t.numel() * t.element_size() for t in local), np.uint8)
+
+        def save(place: Path) -> None:
+            with open(place / str(dist.get_rank()), "wb", buffering=0) as file:
+                for start in range(0, len(buffer), 4 << 20):
+                    file.write(buffer[start : start + (4 << 20)].data)
+                os.fsync(file.fileno())
+
+        def load(place: Path) -> None:
+            with open(place / str(dist.get_rank()), "rb", buffering=0) as file:
+                for start in range(0, len(buffer), 4 << 20):
+                    file.readinto(buffer[start : start + (4 << 20)].data)
+
+        return Way("the same bytes, written and read", save, load)
+
+
+def rank_main(rank: int, port: int, root: str, layers: int, repeat: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    bench = Bench(Path(root), layers, repeat)
+    for parameters in (False, True):
+        if rank == 0:
+            what = "moments and parameters" if parameters else "moments alone"
+            print(f"\n{what} of {bench.numel / 1e9:.2f} B parameters, {WORLD} ranks:\n")
+            print("| | bytes | save | load | both |\n|---|---|---|---|---|")
+        kinds = (bench.ours, bench.floor, bench.dcp, bench.torch_save)
+        bench.table([kind(parameters) for kind in kinds])
+    dist.barrier()
+    os._exit(0)  # gloo sometimes aborts in an ordinary exit
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--root", default=None, help="where to write (default: the temporary directory)")
+    args = parser.parse_args()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    print(f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores")
+    with tempfile.TemporaryDirectory(dir=args.root) as root:
+        mp.spawn(rank_main, (port, root, args.layers, args.repeat), nprocs=WORLD)
+
+
+if __name__ == "__main__":
+    main()

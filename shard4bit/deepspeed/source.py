@@ -1,0 +1,42 @@
+"""A DeepSpeed engine as checkpoints see it: the optimizer's own weights (fp32 masters, where it has some) by
+the names of the model's parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from shard4bit.deepspeed import layout
+from shard4bit.deepspeed.attach import layout_of, optimizer_of
+from shard4bit.optim.base import QuantizedOptimizer
+from shard4bit.placement import Item, Source, place, plain_name
+
+
+def of(engine: Any) -> tuple[Source, QuantizedOptimizer]:
+    """The engine's parameters and our optimizer. Raises LayoutError if it has none of ours."""
+    return ZeroSource(engine), optimizer_of(engine)
+
+
+class ZeroSource(Source):
+    """Of one engine."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine.module)
+        self.engine, self.layout = engine, layout_of(engine)
+
+    def parameters(self) -> list[Item]:
+        out = []
+        for full_name, param in self.model.named_parameters():
+            name = plain_name(full_name)
+            tensor: Tensor | None = self.layout.tensors.get(name)
+            if tensor is None:  # frozen, or not given to the optimizer: whole on every rank
+                out.append(Item(name, param, place(param, name), param.requires_grad))
+            else:
+                trainable = param.requires_grad or tensor is not param
+                out.append(Item(name, tensor, self.layout.placed(name), trainable))
+        return out
+
+    def loaded(self) -> None:
+        """Bring the weights that were read into the model's parameters. Collective."""
+        layout.publish(self.engine.optimizer, optimizer_of(self.engine))
