@@ -9,16 +9,17 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch import Tensor
+
+from launch import mpi
+from launch.mpi import is_first_rank
 
 TIMEOUT = timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """This process's place among the ranks; ``backend`` is "none" outside torchrun."""
+    """This process's place among the ranks; ``backend`` is "none" where nobody started ranks."""
 
     rank: int
     world_size: int
@@ -47,33 +48,21 @@ class Cluster:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def shard(self, model: nn.Module, units: nn.ModuleList) -> None:
-        """Move a model to the device and shard it with FSDP2: each of ``units`` and the rest.
-
-        Every rank must hold the same weights. Outside torchrun the model stays whole.
-        """
-        model.to(self.device)
-        if self.backend == "none":
-            return
-        mesh = init_device_mesh(self.device.type, (self.world_size,))
-        for unit in units:
-            fully_shard(unit, mesh=mesh)
-        # The root would stay whole after a forward without a backward, as in an evaluation.
-        fully_shard(model, mesh=mesh, reshard_after_forward=True)
-
-
-def is_first_rank() -> bool:
-    """Whether this process is rank 0 or runs outside torchrun; needs no process group."""
-    return int(os.environ.get("RANK", 0)) == 0
+    def any(self, flag: bool) -> bool:
+        """Whether a flag is set on any rank. Collective."""
+        return bool(self.sum(torch.tensor(float(flag))).item())
 
 
 def start(device: str = "auto") -> Cluster:
-    """Join the ranks that torchrun started, or run alone where there is no torchrun.
+    """Join the ranks that torchrun, deepspeed or mpirun started, or run alone where none of them did.
 
     device: "auto" takes one GPU per rank over NCCL, and the CPU over gloo where this host has fewer
     GPUs than ranks (with a warning if it has some); "cpu" always takes the CPU.
+    Raises ValueError if mpirun's ranks cannot be joined.
     """
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    mpi.join()
+    # LOCAL_SIZE is what the deepspeed launcher calls it
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     gpus = torch.cuda.device_count() if device == "auto" else 0
     on_gpu = gpus >= local_ranks
     if 0 < gpus < local_ranks and is_first_rank():
@@ -97,6 +86,8 @@ def leave(status: int) -> None:
     if status == 0 and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+    if status == 0:
+        mpi.leave()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

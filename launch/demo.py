@@ -112,7 +112,7 @@ def train_and_resume(demo: Demo) -> tuple[report.Results, report.Results, list[r
     for number, name, title in ((1, "adamw4bit", "AdamW4bit"), (2, "adamw", "torch.optim.AdamW")):
         text = f"{title}: {demo.steps} steps on {plural(demo.ranks, 'rank')}, checkpoint after {demo.save_at}"
         arguments = ["--optimizer", name, "--out", str(demo.out / name)]
-        arguments += ["--steps", str(demo.steps), "--save-at", str(demo.save_at)]
+        arguments += ["--steps", str(demo.steps), "--save-at", str(demo.save_at), "--fresh"]
         trainings.append(demo.stage(number, text, name, demo.ranks, *arguments))
     resume = ["--resume", str(demo.out / "adamw4bit" / "checkpoints")]
     resumed = []
@@ -122,7 +122,7 @@ def train_and_resume(demo: Demo) -> tuple[report.Results, report.Results, list[r
         resumed.append(demo.stage(number, text, f"check-{ranks}", ranks, *resume, "--check-only"))
     last = min(demo.steps, demo.save_at + RESUMED_STEPS)
     text = f"3 ranks train on from it{resume_ranks_note(demo, 3)}, to step {last}"
-    resumed.append(demo.stage(5, text, "resumed-3", 3, *resume, "--steps", str(last)))
+    resumed.append(demo.stage(5, text, "resumed-3", 3, *resume, "--steps", str(last), "--save-every", "0"))
     return trainings[0], trainings[1], resumed
 
 

@@ -3,36 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-VOCABULARY = 256  # one token per byte value
+from launch.presets import GPTConfig
 
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """The shape of a GPT: about 1 M parameters as it stands.
-
-    context: the longest sequence, in bytes. layers: decoder blocks. width: features per position,
-    a multiple of heads. tied: whether the output head shares the byte embedding's weight.
-    Raises ValueError for sizes that do not fit each other.
-    """
-
-    context: int = 128
-    layers: int = 2
-    heads: int = 4
-    width: int = 192
-    tied: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("context", "layers", "heads", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a positive integer")
-        if self.width % self.heads:
-            raise ValueError(f"width={self.width}: expected a multiple of heads={self.heads}")
+__all__ = ["GPT", "Block", "GPTConfig"]
 
 
 class Attention(nn.Module):
@@ -53,7 +31,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm decoder block over (batch, time, width); the unit that FSDP2 shards."""
+    """One pre-norm decoder block over (batch, time, width); the unit that FSDP shards."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -77,11 +55,11 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.bytes = nn.Embedding(VOCABULARY, config.width)
+        self.bytes = nn.Embedding(config.vocabulary, config.width)
         self.positions = nn.Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
-        self.head = nn.Linear(config.width, VOCABULARY, bias=False)
+        self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=self._initial_std(name, parameter))
@@ -92,7 +70,7 @@ class GPT(nn.Module):
 
     def _initial_std(self, name: str, weight: Tensor) -> float:
         if name.startswith(("bytes", "positions")):
-            return 0.5
+            return 0.02 if self.config.tied else 0.5  # tied: it is the head's too
         if name.startswith("head"):
             return 0.02  # the first predictions are nearly uniform: a loss of ln 256 = 5.55
         residual = name.endswith(("attention.out.weight", "mlp.2.weight"))
@@ -100,7 +78,7 @@ class GPT(nn.Module):
         return 1 / math.sqrt(weight.shape[1] * depth)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (batch, time, 256) of the byte after each of ``tokens`` (batch, time), int64.
+        """Logits (batch, time, vocabulary) of the byte after each of ``tokens`` (batch, time), int64.
 
         Raises ValueError where time exceeds the configured context.
         """

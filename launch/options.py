@@ -1,14 +1,25 @@
-"""The command line of launch/train.py."""
+"""The command line of launch/train.py. As a program it only checks it, in a moment and without torch:
+
+python -m launch.options OPTIONS
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
 
-from launch.cluster import is_first_rank
-from launch.model import GPTConfig
+from launch import folders
+from launch.mpi import is_first_rank
+from launch.presets import PRESETS, GPTConfig, changed
+
+ENGINES = ("auto", "single", "ddp", "fsdp1", "fsdp2", "zero1", "zero2")
+OPTIMIZERS = ("adamw4bit", "sgd4bit", "adamw8bit", "adamw", "bnb-adamw8bit")
+PRECISIONS = ("fp32", "bf16", "fp16")
+SAVE_EVERY = 100
+SGD_LR = 0.1
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,43 +49,97 @@ def make_parser() -> Parser:
     """All options, with their defaults."""
     parser = Parser(
         prog="launch.train",
-        description="Train a byte-level GPT; under torchrun it is sharded over the ranks (FSDP2).",
+        description="Train a language model on bytes of text, on the ranks that torchrun, deepspeed or "
+        "mpirun started or on none. A run goes on from its newest checkpoint; SIGTERM ends it with one.",
         epilog="Example: torchrun --standalone --nproc-per-node 2 -m launch.train --steps 100",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add, default = parser.add_argument, GPTConfig()
-    add("--optimizer", choices=("adamw4bit", "adamw"), default="adamw4bit", help="which AdamW")
-    add("--second-moment", default="rank1", help="how adamw4bit stores its second moments")
+    _add_training(parser)
+    _add_checkpoints(parser)
+    return parser
+
+
+def _add_training(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--preset", choices=tuple(PRESETS), default="small", help="the model; the next four change it")
+    add("--context", type=at_least(1), help="bytes per sequence")
+    add("--layers", type=at_least(1), help="decoder blocks")
+    add("--heads", type=at_least(1), help="attention heads (GPT only)")
+    add("--width", type=at_least(1), help="features per position (GPT only)")
+    add("--engine", choices=ENGINES, default="auto", help="auto: fsdp2 where there are ranks, else single")
+    add("--precision", choices=PRECISIONS, default="fp32", help="of the computations; weights stay in fp32")
+    add("--optimizer", choices=OPTIMIZERS, default="adamw4bit", help="adamw is torch's")
+    add("--second-moment", help="how adamw4bit stores its second moments (none: rank1)")
     add("--steps", type=at_least(1), default=400, help="steps in all, resumed ones included")
     add("--batch", type=at_least(1), default=8, help="sequences per step over all ranks")
-    add("--context", type=at_least(1), default=default.context, help="bytes per sequence")
-    add("--layers", type=at_least(1), default=default.layers, help="decoder blocks")
-    add("--heads", type=at_least(1), default=default.heads, help="attention heads")
-    add("--width", type=at_least(1), default=default.width, help="features per position")
-    add("--lr", type=float, default=2e-3, help="learning rate after the warm-up")
+    add("--lr", type=float, help=f"learning rate after the warm-up (none: the preset's; sgd4bit: {SGD_LR})")
     add("--warmup", type=at_least(1), default=20, help="steps of linear warm-up")
     add("--seed", type=at_least(0), default=0, help="of the weights and the order of the data")
     add("--data", type=Path, help="text file or folder (none: Python's standard library)")
     add("--device", choices=("auto", "cpu"), default="auto", help="auto: GPUs where they suffice")
-    add("--out", type=Path, default=Path("build/train"), help="folder for checkpoints")
-    add("--save-at", type=at_least(1), help="save a checkpoint after this many steps")
-    add("--resume", type=Path, help="go on from the newest checkpoint in this folder")
+    # what the launchers of DeepSpeed and of old torch add; LOCAL_RANK says the same
+    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+def _add_checkpoints(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("build/train"), help="folder of the run: its checkpoints")
+    add("--save-every", type=at_least(0), help=f"steps between checkpoints, 0: none (none: {SAVE_EVERY})")
+    add("--save-at", type=at_least(1), help="save one checkpoint only, after this many steps")
+    add("--keep-last", type=at_least(1), help="remove all but the newest so many checkpoints")
+    add("--fresh", action="store_true", help="start anew; refused if --out has checkpoints")
+    add("--resume", type=Path, help="go on from the newest checkpoint in this folder, not from --out's")
     add("--check-only", action="store_true", help="with --resume: load, digest, evaluate, end")
     add("--results", type=Path, help="write the results to this JSON file")
-    return parser
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options as a namespace; leaves with status 2 and one line on stderr for wrong ones."""
+    """The options as a namespace; leaves with status 2 and one line on stderr for wrong ones.
+
+    Adds ``config``, the shape of the model, and puts in what depends on other options.
+    """
     parser = make_parser()
     options = parser.parse_args(argv)
-    if options.lr <= 0:
-        parser.error(f"--lr {options.lr}: expected a positive number")
-    if options.save_at is not None and options.save_at > options.steps:
-        parser.error(f"--save-at {options.save_at} lies after the last of --steps {options.steps}")
-    if options.check_only and options.resume is None:
-        parser.error("--check-only needs --resume")
-    if options.resume is not None and options.optimizer != "adamw4bit":
-        parser.error("--resume reads checkpoints of --optimizer adamw4bit only")
+    for wrong, message in _conflicts(options):
+        if wrong:
+            parser.error(message)
+    preset = PRESETS[options.preset]
+    sizes = {name: getattr(options, name) for name in ("context", "layers", "heads", "width")}
+    if not isinstance(preset.config, GPTConfig) and (sizes["heads"] or sizes["width"]):
+        parser.error(f"--preset {options.preset} has its own heads and width: change --layers or --context")
+    try:
+        options.config = changed(preset.config, sizes)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.lr is None:
+        options.lr = SGD_LR if options.optimizer == "sgd4bit" else preset.lr
+    if options.save_every is None:
+        options.save_every = SAVE_EVERY if options.save_at is None else 0
     return options
+
+
+def _conflicts(options: argparse.Namespace) -> list[tuple[bool, str]]:
+    """(whether it applies, what is wrong)"""
+    late = options.save_at is not None and options.save_at > options.steps
+    both = options.save_at is not None and bool(options.save_every)
+    # an elastic restart is the same run, which goes on
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    there = folders.of_run(options.out) if options.fresh and not again else []
+    moment = options.second_moment is not None and options.optimizer != "adamw4bit"
+    return [
+        (options.lr is not None and not options.lr > 0, f"--lr {options.lr}: expected a positive number"),
+        (late, f"--save-at {options.save_at} lies after the last of --steps {options.steps}"),
+        (both, "--save-at saves once, --save-every often: give one of them"),
+        (moment, f"--second-moment is of adamw4bit, not of {options.optimizer}"),
+        (options.check_only and options.resume is None, "--check-only needs --resume"),
+        (
+            bool(there),
+            f"--fresh overwrites nothing, and there is {', '.join(map(str, there))}: give another --out",
+        ),
+        (options.fresh and options.resume is not None, "--fresh starts anew, --resume goes on: give one"),
+    ]
+
+
+if __name__ == "__main__":
+    parse()

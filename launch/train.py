@@ -1,4 +1,4 @@
-"""Train a small GPT with AdamW4bit or torch's AdamW, on any number of ranks.
+"""Train a language model on bytes of text, by any engine and optimizer, on any number of ranks.
 
 python -m launch.train --help lists the options.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -15,21 +16,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_state_dict
 from tqdm import tqdm
 
 import shard4bit
-import shard4bit.fsdp
-from launch import cluster, measure, options
+from launch import checkpoints, cluster, engines, folders, measure, optimizers, options
 from launch.cluster import Cluster
 from launch.data import Corpus, global_batch, load_corpus, rank_slice
-from launch.model import GPT, GPTConfig
+from launch.presets import family
+from launch.recipe import Recipe
+from launch.stopping import Stop
 
-BETAS = (0.9, 0.95)
-WEIGHT_DECAY = 0.1
 EVALUATION_ROWS = 256  # sequences of held-out text, the same ones in every evaluation
 
 
@@ -42,34 +40,24 @@ class Run:
     def __init__(self, settings: argparse.Namespace, ranks: Cluster) -> None:
         self.settings = settings
         self.ranks = ranks
-        self.corpus: Corpus = load_corpus(settings.data, settings.context)
-        shape = {name: getattr(settings, name) for name in ("context", "layers", "heads", "width")}
-        config = GPTConfig(**shape)
-        torch.manual_seed(settings.seed)
-        self.model = GPT(config)
-        ranks.shard(self.model, self.model.blocks)
-        self.optimizer: Any = self._make_optimizer()
+        self.context: int = settings.config.context
+        self.corpus: Corpus = load_corpus(settings.data, self.context)
+        choice = optimizers.choose(settings.optimizer, settings.lr, settings.second_moment)
+        recipe = Recipe(settings.config, settings.seed, settings.precision, choice)
+        self.engine = engines.build(settings.engine, recipe, ranks)
+        self.store = checkpoints.store_of(self.engine, ranks)
+        self.root: Path = settings.out / self.store.folder
         self.identity = {
-            "model": dataclasses.asdict(config),
+            "model": {"family": family(settings.config), **dataclasses.asdict(settings.config)},
             "data": self.corpus.source,
             "seed": settings.seed,
             "batch": settings.batch,
         }
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        common: dict[str, Any] = {"lr": self.settings.lr, "betas": BETAS, "eps": 1e-8}
-        common["weight_decay"] = WEIGHT_DECAY
-        if self.settings.optimizer == "adamw":
-            return torch.optim.AdamW(self.model.parameters(), **common)
-        common["second_moment"] = self.settings.second_moment
-        if self.ranks.backend == "none":
-            return shard4bit.AdamW4bit(self.model.named_parameters(), **common)
-        return shard4bit.fsdp.wrap(self.model, shard4bit.AdamW4bit, **common)
-
     def _loss(self, rows: np.ndarray) -> Tensor:
         """The sum of the losses, in nats, over this rank's bytes of a global batch."""
         inputs, targets = rank_slice(rows, self.ranks.rank, self.ranks.world_size)
-        logits = self.model(inputs.to(self.ranks.device))
+        logits = self.engine.logits(inputs.to(self.ranks.device))
         targets = targets.to(self.ranks.device)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
@@ -80,93 +68,106 @@ class Run:
         """
         want = self.settings
         begin = time.perf_counter()
-        rows = global_batch(self.corpus.train, want.seed, number, want.batch, want.context)
-        loss = self._loss(rows) / (want.batch * want.context)
-        # FSDP2 takes the mean of the ranks' gradients; their sum is wanted, the slices being uneven.
-        (loss * self.ranks.world_size).backward()
-        for group in self.optimizer.param_groups:
-            group["lr"] = want.lr * min(1.0, (number + 1) / want.warmup)
+        rows = global_batch(self.corpus.train, want.seed, number, want.batch, self.context)
+        loss = self._loss(rows) / (want.batch * self.context)
+        # Engines take the mean of the ranks' gradients; their sum is wanted, the slices being uneven.
+        self.engine.backward(loss * self.ranks.world_size)
+        self.engine.set_lr(want.lr * min(1.0, (number + 1) / want.warmup))
         self.ranks.synchronize()
         middle = time.perf_counter()
-        self.optimizer.step()
+        self.engine.step()
         self.ranks.synchronize()
         end = time.perf_counter()
-        self.optimizer.zero_grad()
         return loss.detach(), end - begin, end - middle
 
     @torch.no_grad()
     def evaluate(self) -> float:
         """The mean loss over held-out text, in nats/byte; the same text on any number of ranks."""
-        want = self.settings
-        batch = max(32, want.batch)
+        batch = max(32, self.settings.batch)
         batches = -(-EVALUATION_ROWS // batch)
         total = torch.zeros((), dtype=torch.float64)
         for i in range(batches):
-            rows = global_batch(self.corpus.validation, 0, i, batch, want.context)
+            rows = global_batch(self.corpus.validation, 0, i, batch, self.context)
             total += self._loss(rows).cpu()
-        return self.ranks.sum(total).item() / (batches * batch * want.context)
+        return self.ranks.sum(total).item() / (batches * batch * self.context)
 
     def digest(self) -> str | None:
         """Of parameters and optimizer states, where shard4bit knows how to compute it."""
-        if self.settings.optimizer != "adamw4bit":
-            return None
-        return shard4bit.digest(self.model, self.optimizer)
+        return shard4bit.digest(*self.engine.saved()) if self.engine.choice.ours else None
 
     def save(self, step: int) -> dict[str, Any]:
-        """Write a checkpoint (canonical, or torch's DCP for its AdamW) and describe it."""
+        """Write a checkpoint and describe it."""
         record: dict[str, Any] = {"step": step, "digest": self.digest()}
         begin = time.perf_counter()
-        if self.settings.optimizer == "adamw4bit":
-            root = self.settings.out / "checkpoints"
-            path = shard4bit.save(root, self.model, self.optimizer, step=step, extra=self.identity)
-        else:
-            path = self.settings.out / f"dcp-{step:010d}"
-            parameters, states = get_state_dict(self.model, self.optimizer)
-            alone = self.ranks.backend == "none"
-            content = {"model": parameters, "optimizer": states}
-            dcp.save(content, checkpoint_id=path, no_dist=alone)
+        extra = {**self.identity, "engine": self.engine.extra()}
+        path = self.store.save(self.root, step, extra, self.settings.keep_last)
         self.ranks.barrier()
         record |= {"path": str(path), "seconds": time.perf_counter() - begin}
-        record |= {"bytes": measure.folder_bytes(path), "val_loss": self.evaluate()}
-        if self.ranks.is_first and record["digest"]:
-            tqdm.write(f"saved {path}\n  digest {record['digest']}")
+        record["bytes"] = measure.folder_bytes(path)
+        if self.ranks.is_first:
+            tqdm.write(f"saved {path}" + (f"\n  digest {record['digest']}" if record["digest"] else ""))
         return record
 
-    def load(self, root: Path) -> int:
-        """Restore the newest checkpoint under ``root`` and return the number of steps it has done.
+    def resume(self) -> int:
+        """Restore the newest checkpoint, if there is one, and return the number of steps it has done.
 
         Raises shard4bit.CheckpointError, or ValueError where it is of another model or other data.
         """
-        found = shard4bit.load(root, self.model, self.optimizer)
-        for key, value in self.identity.items():
-            if found.extra.get(key) != value:
+        want = self.settings
+        root = self.root if want.resume is None else want.resume
+        # all ranks do what the first one sees: another may see a folder later
+        if not self.ranks.any(self.ranks.is_first and bool(want.resume or folders.newest_first(root))):
+            strange = folders.of_run(want.out, tuple(k for k in folders.KINDS if k != self.store.folder))
+            if strange:
                 raise ValueError(
-                    f"the checkpoint in {root} has {key} {found.extra.get(key)}, this run has {value}"
+                    f"{strange[0]} is of another kind of optimizer or engine: give another --out"
                 )
-        return found.step
+            return 0
+        step, extra = self.store.load(root)
+        for key, value in self.identity.items():
+            if extra.get(key) != value:
+                raise ValueError(f"the checkpoint in {root} has {key} {extra.get(key)}, this run has {value}")
+        self.engine.restore(extra.get("engine", {}))
+        if self.ranks.is_first:
+            tqdm.write(f"resumed from {root}, step {step}")
+        return step
 
-    def train(self, first: int) -> dict[str, Any]:
-        """Do the steps from ``first`` (counted from 0) to the last; saves on the way if asked to."""
-        losses, whole, inner, saved = [], [], [], None
-        title = f"{self.settings.optimizer} on {describe(self.ranks)}"
-        with progress(first, self.settings.steps, title, shown=self.ranks.is_first) as bar:
-            for number in range(first, self.settings.steps):
+    def train(self, first: int, stop: Stop) -> dict[str, Any]:
+        """Do the steps from ``first`` (counted from 0) to the last, or to a stop; saves on the way."""
+        want = self.settings
+        losses, whole, inner, saved, stopped = [], [], [], None, None
+        title = f"{want.optimizer} on {describe(self.ranks)}"
+        with progress(first, want.steps, title, shown=self.ranks.is_first) as bar:
+            for number in range(first, want.steps):
                 loss, seconds, optimizer_seconds = self.step(number)
                 losses.append(loss)
                 whole.append(seconds)
                 inner.append(optimizer_seconds)
-                if self.ranks.is_first and (number % 10 == 0 or number + 1 == self.settings.steps):
+                if self.ranks.is_first and (number % 10 == 0 or number + 1 == want.steps):
                     shown = loss.item() * self.ranks.world_size
                     bar.set_postfix_str(f"loss ~{shown:.2f}", refresh=False)
                 bar.update()
-                if number + 1 == self.settings.save_at:
+                stopping = self.ranks.any(stop.signum != 0)
+                if stopping or self._due(number + 1):
                     saved = self.save(number + 1)
+                    saved["val_loss"] = None if stopping else self.evaluate()
+                if stopping:
+                    stopped = number + 1
+                    break
         return {
             "losses": self.ranks.sum(torch.stack(losses)).tolist() if losses else [],
             "step_ms": measure.summarize_times(whole),
             "optimizer_step_ms": measure.summarize_times(inner),
             "checkpoint": saved,
+            "stopped": stopped,
         }
+
+    def _due(self, done: int) -> bool:
+        """Whether to save after so many steps."""
+        every = self.settings.save_every
+        return done == self.settings.save_at or bool(
+            every and (done % every == 0 or done == self.settings.steps)
+        )
 
 
 def describe(ranks: Cluster) -> str:
@@ -190,49 +191,60 @@ def progress(first: int, last: int, title: str, *, shown: bool) -> tqdm:
     )
 
 
-def run(settings: argparse.Namespace, ranks: Cluster) -> dict[str, Any]:
+def run(settings: argparse.Namespace, ranks: Cluster, stop: Stop) -> dict[str, Any]:
     """Do what the options ask for and return the results, the same on all ranks. Collective.
 
     Raises ValueError (shard4bit.CheckpointError is one) for what the user can mend.
     """
     job = Run(settings, ranks)
     results: dict[str, Any] = {
+        "engine": job.engine.name,
         "optimizer": settings.optimizer,
-        "second_moment": settings.second_moment if settings.optimizer == "adamw4bit" else None,
+        "second_moment": job.engine.choice.options.get("second_moment"),
+        "precision": settings.precision,
         "world_size": ranks.world_size,
         "device": ranks.device.type,
         "backend": ranks.backend,
         "torch": torch.__version__,
-        "parameters": measure.parameter_count(job.model),
+        "parameters": job.engine.parameters,
         **job.identity,
     }
-    first = 0
-    if settings.resume is not None:
-        first = job.load(settings.resume)
-        results["restored_digest"] = job.digest()
+    first = job.resume()
     results["first_step"] = first
+    results["restored_digest"] = job.digest() if first else None
     if not settings.check_only:
-        results |= job.train(first)
-    results["val_loss"] = job.evaluate()
+        results |= job.train(first, stop)
+    if not results.get("stopped"):  # who is stopped has little time
+        results["val_loss"] = job.evaluate()
     results["digest"] = job.digest()
-    state_bytes = ranks.sum(torch.tensor(measure.local_state_bytes(job.optimizer)))
+    state_bytes = ranks.sum(torch.tensor(measure.local_state_bytes(job.engine.own_optimizer())))
     results["state_bytes"] = int(state_bytes)
     results["state_bytes_per_parameter"] = int(state_bytes) / results["parameters"]
     return results
 
 
+def say(results: dict[str, Any], ranks: Cluster, stop: Stop) -> None:
+    """The last line, for people."""
+    if results.get("stopped"):
+        why = signal.Signals(stop.signum).name if stop.signum else "a signal to another rank"
+        print(f"{describe(ranks)}: stopped by {why} after step {results['stopped']}, which is saved")
+    else:
+        print(f"{describe(ranks)}: validation loss {results['val_loss']:.4f} nats/byte")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status (2 for a user's error)."""
     settings = options.parse(argv)
-    ranks = cluster.start(settings.device)
+    stop = Stop()
     try:
-        results = run(settings, ranks)
+        ranks = cluster.start(settings.device)
+        results = run(settings, ranks, stop)
     except ValueError as error:
-        if ranks.is_first:
+        if options.is_first_rank():
             print(f"launch.train: error: {error}", file=sys.stderr)
         return 2
     if ranks.is_first:
-        print(f"{describe(ranks)}: validation loss {results['val_loss']:.4f} nats/byte")
+        say(results, ranks, stop)
         if settings.results is not None:
             settings.results.parent.mkdir(parents=True, exist_ok=True)
             settings.results.write_text(json.dumps(results, indent=1) + "\n")

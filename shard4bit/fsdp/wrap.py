@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from shard4bit.errors import LayoutError
 from shard4bit.fsdp.layout import FlatSource
 from shard4bit.fsdp.model import is_fsdp1, is_fsdp2, source_of
 from shard4bit.optim.base import QuantizedOptimizer
+from shard4bit.optim.patterns import checked, overrides
 from shard4bit.placement import Item
 
 Opt = TypeVar("Opt", bound=QuantizedOptimizer)
@@ -51,23 +51,11 @@ def chosen(
     names: Sequence[str], no_decay: Sequence[str], full_precision: Sequence[str]
 ) -> dict[str, Options]:
     """The options of each parameter by the two lists of patterns."""
-    lists: list[tuple[Sequence[str], Options]] = [
-        (no_decay, {"weight_decay": 0.0}),
-        (full_precision, {"quantize": False}),
-    ]
-    out: dict[str, Options] = {name: {} for name in names}
-    for patterns, options in lists:
-        if isinstance(patterns, str):
-            raise ValueError(f"expected a list of patterns, got the string {patterns!r}: use [{patterns!r}]")
-        for pattern in patterns:
-            matching = [name for name in names if fnmatchcase(name, pattern)]
-            if not matching:
-                raise ValueError(
-                    f"the pattern {pattern!r} matches no trainable parameter; names are such as {names[:3]}"
-                )
-            for name in matching:
-                out[name].update(options)
-    return out
+    rules: dict[str, tuple[Sequence[str], Options]] = {
+        "no_decay": (checked("no_decay", no_decay), {"weight_decay": 0.0}),
+        "full_precision": (checked("full_precision", full_precision), {"quantize": False}),
+    }
+    return overrides(names, rules)
 
 
 def grouped(items: Sequence[Item], wanted: dict[str, Options]) -> tuple[list[Options], list[str]]:

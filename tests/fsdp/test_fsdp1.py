@@ -351,7 +351,7 @@ def test_refusals_on_all_ranks(orig: bool) -> None:
             assert found[key].startswith("LayoutError") and "shard4bit.save" in found[key], found[key]
         assert found["plain"].startswith("LayoutError") and "shard4bit.fsdp.wrap" in found["plain"]
         assert "matches no trainable parameter" in found["pattern"]
-        assert "use ['*.bias']" in found["string"]
+        assert "such as ['*.bias']" in found["string"]
         assert "no parameter of the model" in found["stranger"]
         assert found["no_sync"] != "nothing" and "timed out" not in found["no_sync"]
         assert "make it contiguous" in found["strides"]
