@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 TEST_FLAGS := -q --no-header --timeout=300 --durations=10
+# Two files of tests at a time: many tests wait for their ranks, others need one core.
+SIDE_BY_SIDE := -n 2 --dist loadfile
 DEMO_ARGS ?=
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
@@ -25,11 +27,11 @@ demo: $(STAMP) ## train, save, resume on other rank counts, compare (minutes; DE
 	@$(BIN)/python -m launch.demo $(DEMO_ARGS)
 
 test: $(STAMP) ## run the tests that need neither long nor a GPU
-	@$(BIN)/python -m pytest tests -m "not slow and not gpu" $(TEST_FLAGS)
+	@$(BIN)/python -m pytest tests -m "not slow and not gpu" $(TEST_FLAGS) $(SIDE_BY_SIDE)
 
 test-all: $(STAMP) ## run every test, slow and GPU ones too; the output is kept in docs/test-all.txt
 	@mkdir -p docs
-	@$(BIN)/python -m pytest tests $(TEST_FLAGS) -rs 2>&1 \
+	@$(BIN)/python -m pytest tests $(TEST_FLAGS) $(SIDE_BY_SIDE) -rs 2>&1 \
 		| sed -u -e 's#$(CURDIR)/##g' -e "s#$$HOME#~#g" | tee docs/test-all.txt
 
 test-gpu: $(STAMP) ## run the tests that need a GPU; the output is kept in docs/test-gpu.txt

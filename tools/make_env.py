@@ -23,6 +23,7 @@ NEW_ENOUGH = "import torch; assert tuple(map(int, torch.__version__.split('.')[:
 FOR_DEMO = ["torch", "numpy", "safetensors", "xxhash", "tqdm", "matplotlib"]
 MODULE_OF = {
     "pytest-timeout": "pytest_timeout",
+    "pytest-xdist": "xdist",
     "nvidia-cuda-nvrtc": "nvidia.cu13",
 }  # where the import name is not the package's
 

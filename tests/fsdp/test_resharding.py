@@ -19,7 +19,7 @@ import shard4bit
 from tests.checkpoint import ranks
 from tests.fsdp import models
 from tests.fsdp.models import Toy, Zoo, optimizer_of
-from tests.pool import pool
+from tests.pool import Pool, pool
 
 KINDS = ("rank1", "block", "sgd")
 
@@ -77,15 +77,17 @@ def lose_a_rank(lost: int, seconds: float) -> tuple[str, float]:
             optimizer.step()
         except RuntimeError as error:
             found = type(error).__name__
-    taken = time.monotonic() - begin
-    dist.barrier()
-    return found, taken
+    return found, time.monotonic() - begin
 
 
 def test_a_lost_rank_raises_within_the_timeout_of_the_group() -> None:
-    for rank, (found, taken) in enumerate(pool(3).run(lose_a_rank, 1, 3.0)):
-        assert (found != "nothing") == (rank != 1)
-        assert taken < 20
+    own = Pool(3)  # a time-out may close the connections of other groups as well
+    try:
+        for rank, (found, taken) in enumerate(own.run(lose_a_rank, 1, 3.0)):
+            assert (found != "nothing") == (rank != 1)
+            assert taken < 20
+    finally:
+        own.close()
 
 
 def errors_of(things: Any) -> list[str]:

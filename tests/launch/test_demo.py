@@ -72,7 +72,6 @@ def test_demo_saves_resumes_and_compares(tmp_path: Path) -> None:
         (["--steps", "0"], "0: expected at least 1"),
         (["--steps", "5", "--save-at", "6"], "--save-at 6 lies after the last"),
         (["--check-only"], "--check-only needs --resume"),
-        (["--optimizer", "adamw", "--resume", "x"], "checkpoints of --optimizer adamw4bit only"),
     ],
 )
 def test_wrong_options_give_one_clear_line(

@@ -1,0 +1,125 @@
+"""Tables (Markdown) and curves (SVG) of the results: python -m benchmarks.accuracy.tables --plots FOLDER"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.accuracy import store
+from benchmarks.accuracy.arms import BASELINE
+from benchmarks.accuracy.experiments import EXPERIMENTS, Experiment, Metric
+from benchmarks.accuracy.stats import compare
+from benchmarks.accuracy.store import Row
+
+Runs = dict[str, dict[int, Row]]  # arm -> seed -> row
+
+
+def runs_of(rows: Sequence[Row]) -> Runs:
+    """Rows by arm and seed.
+
+    Raises ValueError for rows of several settings or learning rates, for a run that is there twice, and
+    for arms of one seed that did not start from the same weights with the same order of data.
+    """
+    kinds = {(row["settings"], row["lr"], row["device"]) for row in rows}
+    if len(kinds) > 1:
+        raise ValueError(f"rows of several (settings, lr, device): {sorted(kinds)}; keep one kind in a file")
+    out: Runs = {}
+    start: dict[int, tuple[str, str]] = {}
+    for row in rows:
+        arm, seed, pair = row["arm"], int(row["seed"]), (row["weights"], row["order"])
+        if seed in out.setdefault(arm, {}):
+            raise ValueError(f"{arm} seed {seed} is there twice")
+        if start.setdefault(seed, pair) != pair:
+            raise ValueError(f"{arm} seed {seed} has other weights or data than the arms before: not paired")
+        out[arm][seed] = row
+    return out
+
+
+def values(runs: dict[int, Row], metric: Metric) -> dict[int, float]:
+    """seed -> value, of the runs that ended and have one."""
+    return {s: float(r[metric.column]) for s, r in runs.items() if r["diverged"] == "0" and r[metric.column]}
+
+
+def line(arm: str, runs: Runs, metric: Metric) -> list[str]:
+    """An arm's cells of the table."""
+    own, base = values(runs[arm], metric), values(runs.get(BASELINE, {}), metric)
+    count, digits = len(runs[arm]), metric.digits
+    diverged = sum(r["diverged"] == "1" for r in runs[arm].values())
+    mean = f"{statistics.fmean(own.values()):.{digits}f}" if own else "-"
+    if len(own) > 1:
+        mean += f" ± {statistics.stdev(own.values()):.{digits}f}"
+    cells = [arm, f"{diverged} of {count}", mean]
+    both = sorted(set(own) & set(base))
+    if arm == BASELINE or len(both) < 2:
+        return [*cells, "", "", "", ""]
+    found = compare([own[s] for s in both], [base[s] for s in both], metric.delta)
+    verdict = found.verdict if not diverged else "diverges"
+    return [
+        *cells,
+        f"{found.mean:+.{digits}f} ({found.pairs})",
+        f"{found.low:+.{digits}f} to {found.high:+.{digits}f}",
+        f"{found.boot_low:+.{digits}f} to {found.boot_high:+.{digits}f}",
+        f"p = {found.p:.3f}: {verdict}",
+    ]
+
+
+def table(experiment: Experiment, rows: Sequence[Row], metric: Metric) -> str:
+    """The Markdown table of a metric; means are over the runs that did not diverge."""
+    runs = runs_of(rows)
+    known = [a for a in experiment.arms if a in runs]
+    head = ["arm", "diverged", f"{metric.unit}, mean ± sd", f"minus {BASELINE} (pairs)", "90 % t interval"]
+    head += ["90 % bootstrap", f"equivalence, Δ = {metric.delta:g}"]
+    lines = [head, ["---"] * len(head)]
+    lines += [line(arm, runs, metric) for arm in [*known, *sorted(set(runs) - set(known))]]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def points(curve: str) -> tuple[list[int], list[float]]:
+    """Steps and losses of a row's curve."""
+    pairs = [p.split(":") for p in curve.split()]
+    return [int(a) for a, _ in pairs], [float(b) for _, b in pairs]
+
+
+def plot(experiment: Experiment, rows: Sequence[Row], path: Path) -> None:
+    """Training losses of all runs, a colour for each arm."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "shard4bit"  # the same file from the same data
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for number, (arm, runs) in enumerate(runs_of(rows).items()):
+        for i, row in enumerate(runs.values()):
+            label = arm if i == 0 else None
+            axes.plot(*points(row["curve"]), color=f"C{number % 10}", linewidth=0.8, label=label)
+    axes.set(xlabel="step", ylabel="training loss (nats)", title=experiment.title)
+    axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=store.RESULTS, help="folder of the CSV files")
+    parser.add_argument("--plots", type=Path, help="write EXPERIMENT.svg into this folder")
+    want = parser.parse_args(argv)
+    for name, experiment in EXPERIMENTS.items():
+        rows = store.read(want.results / f"{name}.csv")
+        if not rows:
+            continue
+        print(f"## {experiment.title}\n\n{rows[0]['device']}, torch {rows[0]['torch']}, lr {rows[0]['lr']}, ")
+        print(f"{int(rows[0]['parameters']) / 1e6:.1f} M parameters\n")
+        for metric in experiment.metrics:
+            print(table(experiment, rows, metric) + "\n")
+        if want.plots:
+            plot(experiment, rows, want.plots / f"{name}.svg")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

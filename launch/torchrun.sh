@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Train under torchrun. All arguments go to launch.train:
+#
+#   bash launch/torchrun.sh --preset gpt2-small --precision bf16 --out runs/gpt2
+#
+# RANKS     processes on this node: a number, or "gpu" for one on each GPU (the default; 2 without a GPU)
+# RESTARTS  how often a run that lost a rank starts again, from its newest checkpoint (3)
+# NODES     number of nodes (1). For several, start this on each of them, at the same time, with the same --out on a
+#           filesystem that all see, and
+# HEAD      the name or address of one of them, with a port if 29500 is taken: HEAD=node0:29600
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+[ -d "$root/.venv/bin" ] && PATH="$root/.venv/bin:$PATH" # what `make env` installed
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+
+fail() { echo "launch/torchrun.sh: error: $1" >&2; exit 2; }
+command -v torchrun >/dev/null || fail "torchrun is not on PATH: run 'make env', or use an environment with torch"
+python -m launch.options "$@" >&2 || exit 2 # wrong options end here, once, and not on every rank
+
+# How long a stopped run has for its last checkpoint, in seconds; torchrun's own 30 are few for large models.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
+nodes=${NODES:-1}
+where=(--standalone)
+if [ "$nodes" != 1 ]; then
+    [ -n "${HEAD:-}" ] || fail "NODES=$nodes needs HEAD, the name of the node where the ranks meet"
+    [[ $HEAD == *:* ]] || HEAD=$HEAD:29500
+    # The same id on every node: two runs on one port would otherwise join each other.
+    where=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id "${RUN_ID:-launch}")
+fi
+ranks=${RANKS:-$(nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo 2)}
+exec torchrun "${where[@]}" --nproc-per-node "$ranks" --max-restarts "${RESTARTS:-3}" -m launch.train "$@"
