@@ -66,8 +66,15 @@ def test_half_precisions(engine: str, precision: str, data: list[str], tmp_path:
     assert results["losses"][-1] < results["losses"][0]
 
 
-@pytest.mark.parametrize("engine", ["single", *SHARDED])
-@pytest.mark.parametrize("optimizer", ["sgd4bit", "adamw8bit", "adamw"])
+#: of the engines that are alike, one here; all in `make test-all`
+OPTIMIZERS = [
+    pytest.param(optimizer, engine, marks=[pytest.mark.slow] if engine in ("ddp", "fsdp1", "zero1") else [])
+    for optimizer in ("sgd4bit", "adamw8bit", "adamw")
+    for engine in ["single", *SHARDED]
+]
+
+
+@pytest.mark.parametrize("optimizer, engine", OPTIMIZERS)
 def test_optimizers(engine: str, optimizer: str, data: list[str], tmp_path: Path) -> None:
     common = [*TINY, *data, *NEVER, "--steps", "2", "--out", str(tmp_path)]
     arguments = [*common, "--engine", engine, "--optimizer", optimizer]
