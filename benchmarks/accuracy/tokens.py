@@ -17,7 +17,7 @@ from benchmarks.accuracy import fetch
 BATCH = 256  # documents given to the tokenizer at once
 
 
-def library() -> Any:
+def tokenizers() -> Any:
     """The tokenizers package: the installed one, or one fetched into the cache folder."""
     try:
         import tokenizers
@@ -29,7 +29,7 @@ def library() -> Any:
 
 def train_bpe(texts: Iterable[str], vocabulary: int, special: Sequence[str]) -> Any:
     """A byte-level BPE tokenizer whose first ids are the special tokens."""
-    lib = library()
+    lib = tokenizers()
     tokenizer = lib.Tokenizer(lib.models.BPE())
     tokenizer.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = lib.pre_tokenizers.ByteLevel.alphabet()
