@@ -5,23 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from shard4bit.backend import Work, Works
 from shard4bit.cuda import tables
-from shard4bit.cuda.plan import (
-    FIRST,
-    FIRST_FIELDS,
-    SECOND_FIELDS,
-    Batch,
-    BatchBuilder,
-    describe_moment,
-    describe_slab,
-    kind_of_second,
-    second_of,
-)
-from shard4bit.cuda.source import DTYPES, Config, decode_text, vectors_text
+from shard4bit.cuda.plan import Batch, BatchBuilder, second_of
+from shard4bit.cuda.source import DTYPES, Config, vectors_text
 from shard4bit.maths.update import Rule, Scalars
 from shard4bit.reference import ReferenceBackend
 from shard4bit.state import Moment
@@ -92,19 +81,7 @@ class KernelBackend:
             self.reference.apply(rule, others)
 
     def decode(self, moment: Moment) -> Tensor:
-        first, second = moment.spec == FIRST, kind_of_second(moment.spec)
-        slab = moment.slab
-        if not (first or second) or slab.numel == 0:
-            return self.reference.decode(moment)
-        slabs, tiles = np.zeros(1, tables.SLAB), tables.matrix_tiles(0, slab)
-        describe_slab(slabs[0], slab)
-        describe_moment(slabs[0], moment, FIRST_FIELDS if first else SECOND_FIELDS)
-        slabs_at, tiles_at = self.runtime.upload(slabs), self.runtime.upload(tiles)
-        out = torch.empty(slab.numel, dtype=torch.float32, device=self.runtime.device)
-        args = (tiles_at.data_ptr(), slabs_at.data_ptr(), self.code_tables.data_ptr(), out.data_ptr())
-        text = decode_text(None if first else second)
-        self.runtime.launch(text, "decode", len(tiles), 32 * WARPS, args)
-        return out
+        return self.reference.decode(moment)
 
     # ---- launches -------------------------------------------------------------------------------
 
