@@ -136,7 +136,9 @@ def vader() -> dict[str, Arrays]:
         packed = package.extractfile(name).read()  # type: ignore[union-attr]
     with tarfile.open(fileobj=io.BytesIO(packed)) as inner:
         groups = {g: inner.extractfile(f"hutto_ICWSM_2014/{g}_GroundTruth.txt").read() for g in TWEETS}  # type: ignore[union-attr]
-    tokenizer = tokens.tokenizers().Tokenizer.from_str(fetch.member("minilm", "model/tokenizer.json").decode())
+    tokenizer = tokens.tokenizers().Tokenizer.from_str(
+        fetch.member("minilm", "model/tokenizer.json").decode()
+    )
     tokenizer.no_padding()
     tokenizer.enable_truncation(64)
     texts, label, origin, split = [], [], [], []

@@ -76,7 +76,33 @@ class Language(Task):
         return {"val_loss": float(torch.stack(losses).double().mean())}
 
 
-class Sentences(Task):
+class Classifier(Task):
+    """Classes of inputs. parts: "train" and "test" -> (inputs, labels); epochs: the order of the first."""
+
+    parts: dict[str, tuple[Tensor, ...]]
+    epochs: Epochs
+
+    def order(self, seed: int, step: int) -> np.ndarray:
+        return self.epochs(seed, step)
+
+    def batch(self, seed: int, step: int) -> tuple[Tensor, ...]:
+        chosen = torch.from_numpy(self.order(seed, step)).to(self.device)
+        return tuple(t[chosen] for t in self.parts["train"])
+
+    def loss(self, *batch: Tensor) -> Tensor:
+        return F.cross_entropy(self.run(batch[0]).float(), batch[1])
+
+    def judged(self) -> tuple[dict[str, float], Tensor]:
+        """Percent right and loss over all test inputs, and which of them are right (float64)."""
+        inputs, label = self.parts["test"]
+        size = 4 * EVALUATION_ROWS
+        logits = torch.cat([self.model(inputs[i : i + size]) for i in range(0, len(inputs), size)]).float()
+        right = (logits.argmax(1) == label).double()
+        loss = float(F.cross_entropy(logits, label))
+        return {"accuracy": 100 * float(right.mean()), "val_loss": loss}, right
+
+
+class Sentences(Classifier):
     """Sentiment of sentences by MiniLM, or by a tiny BERT with random weights on made-up sentences."""
 
     unit = "sentences"
@@ -113,30 +139,16 @@ class Sentences(Task):
             model.pretrained(self.weights)
         return model
 
-    def order(self, seed: int, step: int) -> np.ndarray:
-        return self.epochs(seed, step)
-
-    def batch(self, seed: int, step: int) -> tuple[Tensor, ...]:
-        chosen = torch.from_numpy(self.order(seed, step)).to(self.device)
-        return tuple(t[chosen] for t in self.parts["train"])
-
-    def loss(self, *batch: Tensor) -> Tensor:
-        return F.cross_entropy(self.run(batch[0]).float(), batch[1])
-
     def evaluate(self) -> dict[str, float]:
         """Percent right over all test sentences, and of each set."""
-        words, label = self.parts["test"]
-        size = 4 * EVALUATION_ROWS
-        logits = torch.cat([self.model(words[i : i + size]) for i in range(0, len(words), size)]).float()
-        right = (logits.argmax(1) == label).double()
-        out = {"accuracy": 100 * float(right.mean()), "val_loss": float(F.cross_entropy(logits, label))}
+        out, right = self.judged()
         for number, name in enumerate(("movies", "products", "news", "tweets")):
             if bool((self.sets == number).any()):
                 out[name] = 100 * float(right[self.sets == number].mean())
         return out
 
 
-class Images(Task):
+class Images(Classifier):
     """Classes of small grey images by a ViT."""
 
     unit = "images"
@@ -169,27 +181,16 @@ class Images(Task):
     def make(self) -> nn.Module:
         return ViT(self.shape)
 
-    def order(self, seed: int, step: int) -> np.ndarray:
-        return self.epochs(seed, step)
-
     def batch(self, seed: int, step: int) -> tuple[Tensor, ...]:
         """Images moved by up to two pixels each way, and labels."""
-        chosen = torch.from_numpy(self.order(seed, step)).to(self.device)
-        images, label = (t[chosen] for t in self.parts["train"])
+        images, label = super().batch(seed, step)
         down, right = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 2, step])).integers(
             -2, 3, 2
         )
         return torch.roll(images, (int(down), int(right)), (1, 2)), label
 
-    def loss(self, *batch: Tensor) -> Tensor:
-        return F.cross_entropy(self.run(batch[0]).float(), batch[1])
-
     def evaluate(self) -> dict[str, float]:
-        images, label = self.parts["test"]
-        size = 4 * EVALUATION_ROWS
-        logits = torch.cat([self.model(images[i : i + size]) for i in range(0, len(images), size)]).float()
-        right = (logits.argmax(1) == label).double()
-        return {"accuracy": 100 * float(right.mean()), "val_loss": float(F.cross_entropy(logits, label))}
+        return self.judged()[0]
 
 
 class Translation(Task):
