@@ -2,8 +2,9 @@
 
 An FSDP2 model of 0.29 B parameters (fp32) on 2 gloo ranks of this machine. AdamW4bit's moments by
 shard4bit.save and load (parameters=False) against AdamW's by torch.distributed.checkpoint and by torch.save
-(a file per rank, fsynced), and the same with parameters. "The same bytes" is the floor: a rank writes as
-many from one buffer, fsyncs, and reads them into it. Loads find the files in the page cache. Medians.
+(a file per rank, fsynced), and the same with parameters. "Copied": every rank copies its file of such a
+checkpoint, which lies in the page cache, and fsyncs the copy. "The same bytes": a rank writes as many from
+one buffer, fsyncs, and reads them into it. Loads find the files in the page cache. Medians.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def filled(tensor: torch.Tensor) -> torch.Tensor:
 class Way:
     name: str
     save: Callable[[Path], Any]
-    load: Callable[[Path], Any]
+    load: Callable[[Path], Any] = lambda place: None
 
 
 class Bench:
@@ -121,6 +122,19 @@ class Bench:
 
         return Way("shard4bit", save, load)
 
+    def copied(self, parameters: bool) -> Way:
+        """Ours, copied."""
+        original = self.root / f"original-{parameters}"
+        path = shard4bit.save(original, self.model, self.optimizer, step=1, parameters=parameters)
+        mine = sorted(path.glob("*.safetensors"))[dist.get_rank()]
+
+        def save(place: Path) -> None:
+            with open(mine, "rb", buffering=0) as source, open(place / mine.name, "wb", buffering=0) as copy:
+                shutil.copyfileobj(source, copy, 4 << 20)
+                os.fsync(copy.fileno())
+
+        return Way("its files, copied", save)
+
     def dcp(self, parameters: bool) -> Way:
         tensors = {**self.moments, **(self.params if parameters else {})}
         return Way(
@@ -176,7 +190,7 @@ def rank_main(rank: int, port: int, root: str, layers: int, repeat: int) -> None
             what = "moments and parameters" if parameters else "moments alone"
             print(f"\n{what} of {bench.numel / 1e9:.2f} B parameters, {WORLD} ranks:\n")
             print("| | bytes | save | load | both |\n|---|---|---|---|---|")
-        kinds = (bench.ours, bench.floor, bench.dcp, bench.torch_save)
+        kinds = (bench.ours, bench.copied, bench.floor, bench.dcp, bench.torch_save)
         bench.table([kind(parameters) for kind in kinds])
     dist.barrier()
     os._exit(0)  # gloo sometimes aborts in an ordinary exit

@@ -51,12 +51,17 @@ class Placed:
 
 
 class Item(NamedTuple):
-    """A parameter as checkpoints see it. tensor: what optimizers know it by, perhaps with others."""
+    """A parameter as checkpoints see it. tensor: what optimizers know it by, perhaps with others.
+    kept: where an engine keeps it, if not as the tensor lies."""
 
     name: str
     tensor: Tensor
-    placed: Placed
     trainable: bool
+    kept: Placed | None = None
+
+    def placed(self) -> Placed:
+        """Raises LayoutError, on all ranks, for what cannot be served."""
+        return self.kept or place(self.tensor, self.name)
 
 
 class Source:
@@ -69,7 +74,7 @@ class Source:
     def parameters(self) -> list[Item]:
         """Every parameter, frozen ones too, a shared one under its first name."""
         return [
-            Item(plain_name(name), param, place(param, plain_name(name)), param.requires_grad)
+            Item(plain_name(name), param, param.requires_grad)
             for name, param in self.model.named_parameters()
         ]
 

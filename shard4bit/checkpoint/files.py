@@ -41,7 +41,8 @@ def write_file(path: Path, pieces: Sequence[Piece]) -> tuple[int, str]:
     parts = [(p.key, p.rect, p.dtype) for p in pieces]
     sums: list[str] = []
     with open(path, "xb", buffering=0) as out:
-        _write(out, header.build(parts))
+        head = header.build(parts)
+        _write(out, head)
         for piece in pieces:
             step = header.chunk_rows(piece.rect, piece.dtype)
             for start in range(0, len(piece.data), step):
@@ -50,7 +51,7 @@ def write_file(path: Path, pieces: Sequence[Piece]) -> tuple[int, str]:
                 _write(out, chunk)
         size = out.tell()
         out.seek(0)
-        head = header.build(parts, sums)
+        head = header.with_sums(head, sums)
         _write(out, head)
         os.fsync(out.fileno())
     return size, xxhash.xxh3_64_hexdigest(head)

@@ -17,7 +17,7 @@ from shard4bit.errors import CheckpointError
 CHUNK_BYTES = 4 << 20
 MAX_BYTES = 100_000_000  # safetensors' own limit
 _NAME = re.compile(r"(.*)\[(\d{1,19}):(\d{1,19}),(\d{1,19}):(\d{1,19})\]", re.DOTALL)
-_NO_SUM = "0" * 16
+_SUMS = b'"xxh3":"'  # before the checksums, and nowhere before that
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,11 @@ def name_of(key: str, r: Rect) -> str:
     return f"{key}[{r.row0}:{r.row1},{r.col0}:{r.col1}]"
 
 
-def build(parts: Sequence[tuple[str, Rect, str]], sums: Sequence[str] | None = None) -> bytes:
-    """The first bytes of a file of (key, rectangle, dtype) in this order; its length does not depend on
-    the checksums, so that it can be written before they are known."""
+def build(parts: Sequence[tuple[str, Rect, str]]) -> bytes:
+    """The first bytes of a file of (key, rectangle, dtype) in this order, with room for the checksums, so
+    that it can be written before they are known."""
     number = sum(chunks(rect, dtype) for _, rect, dtype in parts)
-    about = {
-        "format": "shard4bit",
-        "chunk_bytes": str(CHUNK_BYTES),
-        "xxh3": "".join(sums) if sums is not None else _NO_SUM * number,
-    }
+    about = {"format": "shard4bit", "chunk_bytes": str(CHUNK_BYTES), "xxh3": "0" * 16 * number}
     header: dict[str, Any] = {"__metadata__": about}
     offset = 0
     for key, r, dtype in parts:
@@ -77,6 +73,13 @@ def build(parts: Sequence[tuple[str, Rect, str]], sums: Sequence[str] | None = N
     if len(text) > MAX_BYTES:
         raise CheckpointError(f"a rank's file would need a header of {len(text)} bytes: too many tensors")
     return len(text).to_bytes(8, "little") + text
+
+
+def with_sums(head: bytes, sums: Sequence[str]) -> bytes:
+    """What ``build`` made, with the checksums."""
+    joined = "".join(sums).encode()
+    start = head.index(_SUMS) + len(_SUMS)
+    return head[:start] + joined + head[start + len(joined) :]
 
 
 def read(file: BinaryIO, size: int, known: str) -> list[Stored]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from shard4bit.checkpoint.pieces import SIZES, Piece, Rect
 from shard4bit.checkpoint.ranks import together
 from shard4bit.errors import CheckpointError
 
-#: Checked bytes that a rank keeps between checking and filling. What exceeds them is read twice.
+#: At most so many checked bytes does a rank keep between checking and filling.
 STAGED_BYTES = 256 << 20
 
 #: of one file: (key, the rectangle that it has) -> numbers of those who want part of it
@@ -134,10 +135,12 @@ class _Staging:
 
 def read_into(directory: Path, manifest: Manifest, pieces: Sequence[Piece]) -> None:
     """Fill the pieces' memory. Collective. Raises CheckpointError on every rank, with nothing changed, if
-    any finds damage. Takes up to 256 MiB of host memory; what a rank needs beyond that is read twice."""
+    any finds damage. What is read and checked is kept in host memory of the size of the largest tensor that
+    the rank has part of, 256 MiB at most; what exceeds that is read and checked again."""
     wants = [(piece.key, piece.rect) for piece in pieces]
     size = sum(piece.rect.area * SIZES[piece.dtype] for piece in pieces)
-    staging = _Staging(min(STAGED_BYTES, size))
+    largest = max((prod(piece.shape) * SIZES[piece.dtype] for piece in pieces), default=0)
+    staging = _Staging(min(STAGED_BYTES, size, largest))
 
     def put(number: int, rect: Rect, values: Tensor) -> None:
         piece = pieces[number]

@@ -10,7 +10,7 @@ from torch import Tensor
 from shard4bit.deepspeed import layout
 from shard4bit.deepspeed.attach import layout_of, optimizer_of
 from shard4bit.optim.base import QuantizedOptimizer
-from shard4bit.placement import Item, Source, place, plain_name
+from shard4bit.placement import Item, Source, plain_name
 
 
 def of(engine: Any) -> tuple[Source, QuantizedOptimizer]:
@@ -31,10 +31,10 @@ class ZeroSource(Source):
             name = plain_name(full_name)
             tensor: Tensor | None = self.layout.tensors.get(name)
             if tensor is None:  # frozen, or not given to the optimizer: whole on every rank
-                out.append(Item(name, param, place(param, name), param.requires_grad))
+                out.append(Item(name, param, param.requires_grad))
             else:
                 trainable = param.requires_grad or tensor is not param
-                out.append(Item(name, tensor, self.layout.placed(name), trainable))
+                out.append(Item(name, tensor, trainable, self.layout.placed(name)))
         return out
 
     def loaded(self) -> None:

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from shard4bit.comm import Group, TorchGroup
 from shard4bit.errors import LayoutError
 from shard4bit.layout import Neighbours, Slab
-from shard4bit.placement import Item, Placed, Source, place, plain_name
+from shard4bit.placement import Item, Placed, Source, plain_name
 from shard4bit.state import Part
 
 
@@ -38,7 +38,7 @@ class FlatSource(Source):
         for name, param in model.named_parameters():
             if not _is_flattened(param):  # ignored by FSDP
                 name = plain_name(name)
-                self.items.append(Item(name, param, place(param, name), param.requires_grad))
+                self.items.append(Item(name, param, param.requires_grad))
 
     def parameters(self) -> list[Item]:
         return self.items
@@ -62,7 +62,7 @@ class FlatSource(Source):
         """For ``QuantizedOptimizer.set_layout``."""
         known: dict[Tensor, list[Placed]] = {}
         for item in self.items:
-            known.setdefault(item.tensor, []).append(item.placed)
+            known.setdefault(item.tensor, []).append(item.placed())
 
         def answer(param: Tensor, name: str) -> list[Placed]:
             if param not in known:
@@ -89,7 +89,7 @@ def _items(handle: Any, prefix: str, options: Mapping[str, dict[str, Any]]) -> l
         name = plain_name(prefix + fqn)
         place = _Place(handle, index, start, name)
         tensor = flat if flat._params is None else flat._params[index]
-        out.append(Item(name, tensor, place.placed(options.get(name, {})), tensor.requires_grad))
+        out.append(Item(name, tensor, tensor.requires_grad, place.placed(options.get(name, {}))))
     return out
 
 
