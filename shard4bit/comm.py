@@ -6,6 +6,7 @@ is the float order with NaN on top; a float MAX may drop NaN.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -131,66 +132,99 @@ def _blocks(neighbours: Neighbours, slab: Slab, size: int) -> list[tuple[str, in
 
 
 def reduce(works: Sequence[Work], failure: BaseException | None = None) -> None:
-    """Complete ``work.fresh`` over all ranks and settle ``work.active``; collective.
-
-    A rank that failed earlier takes part nevertheless, with ``failure``: it raises that afterwards,
-    and every other rank of its groups raises RuntimeError, so that nobody waits for it. Without links
-    (one process) it communicates nothing.
-    """
-    members: dict[Group, list[tuple[Work, Link]]] = {}
-    for work in works:
-        for link in work.links:
-            members.setdefault(link.group, []).append((work, link))
-    elsewhere = False
-    for group, linked in members.items():
-        elsewhere |= _reduce_max(group, linked, failed=failure is not None or elsewhere)
-        _reduce_sum(group, linked)
-    if failure is not None:
-        raise failure
-    if elsewhere:
-        raise RuntimeError("the optimizer step failed on another rank; see that rank's error")
+    """``Reduction(works).run(failure)``, for works that come once."""
+    Reduction(works).run(failure)
 
 
-def _reduce_max(group: Group, linked: Sequence[tuple[Work, Link]], *, failed: bool) -> bool:
-    """MAX of the flags (failure, gradient present) and the maxima. Returns whether any rank failed."""
-    shares = [(w, s) for w, link in linked for s in link.shares if not s.is_sum]
-    flags = [float(failed), *(float(w.active) for w, _ in linked)]
-    device = linked[0][0].param.device
-    pieces = [torch.tensor(flags, dtype=torch.float32, device=device)]
-    pieces += [_collect(w, s, torch.float32, device, failed) for w, s in shares]
-    vector = torch.cat(pieces)
-    vector.masked_fill_(vector.isnan(), NAN)  # a negative NaN would lose to every number
-    group.all_reduce(vector.view(torch.int32), maximum=True)
-    values = vector[: len(flags)].tolist()
-    for (work, _), flag in zip(linked, values[1:], strict=True):
-        work.active = bool(flag)
-    if not failed:
-        _deliver(shares, vector[len(flags) :])
-    return bool(values[0])
+class Reduction:
+    """Completes ``work.fresh`` of one list of works over all ranks and settles ``work.active``. Made once
+    for the steps of that list, because it keeps the vectors. Without links it communicates nothing."""
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        members: dict[Group, list[tuple[Work, Link]]] = {}
+        for work in works:
+            for link in work.links:
+                members.setdefault(link.group, []).append((work, link))
+        self.groups = [_GroupReduction(group, linked) for group, linked in members.items()]
+
+    def run(self, failure: BaseException | None = None) -> None:
+        """Collective. A rank that failed earlier takes part nevertheless, with ``failure``: it raises that
+        afterwards, and every other rank of its groups raises RuntimeError, so that nobody waits for it."""
+        elsewhere = False
+        for group in self.groups:
+            elsewhere |= group.run(failed=failure is not None or elsewhere)
+        if failure is not None:
+            raise failure
+        if elsewhere:
+            raise RuntimeError("the optimizer step failed on another rank; see that rank's error")
 
 
-def _reduce_sum(group: Group, linked: Sequence[tuple[Work, Link]]) -> None:
-    shares = [(w, s) for w, link in linked for s in link.shares if s.is_sum]
-    if not shares:
-        return
-    device = linked[0][0].param.device
-    vector = torch.cat([_collect(w, s, torch.float64, device, not w.fresh) for w, s in shares])
-    group.all_reduce(vector, maximum=False)
-    if all(w.fresh for w, _ in shares):
-        _deliver(shares, vector)
+class _GroupReduction:
+    """Of one group."""
+
+    def __init__(self, group: Group, linked: Sequence[tuple[Work, Link]]) -> None:
+        self.group, self.works = group, [work for work, _ in linked]
+        shares = [(work, share) for work, link in linked for share in link.shares]
+        device = self.works[0].param.device
+        flags = 1 + len(self.works)
+        self.maxima = _Vector([p for p in shares if not p[1].is_sum], torch.float32, flags, device)
+        self.sums = _Vector([p for p in shares if p[1].is_sum], torch.float64, 0, device)
+
+    def run(self, *, failed: bool) -> bool:
+        """MAX of the flags (failure, gradient present) and the maxima, SUM of the sums. Returns whether any
+        rank failed."""
+        flags = [float(failed), *(float(work.active) for work in self.works)]
+        vector = self.maxima.collect(flags, absent=failed)
+        vector.masked_fill_(vector.isnan(), NAN)  # a negative NaN would lose to every number
+        self.group.all_reduce(vector.view(torch.int32), maximum=True)
+        if self.sums.shares:
+            self.group.all_reduce(self.sums.collect([], absent=failed), maximum=False)
+        if not failed:  # before the flags are read, for which the host waits
+            self.maxima.deliver()
+            self.sums.deliver()
+        any_failed, *active = vector[: len(flags)].tolist()
+        for work, flag in zip(self.works, active, strict=True):
+            work.active = bool(flag)
+        return bool(any_failed)
 
 
-def _collect(work: Work, share: Share, dtype: torch.dtype, device: torch.device, absent: bool) -> Tensor:
-    if share.index is None or absent:
-        return torch.zeros(share.length, dtype=dtype, device=device)
-    return work.fresh[share.moment][share.stat][share.index].reshape(-1).to(device)
+class _Vector:
+    """Shares of works, one behind another, after ``room`` flags."""
 
+    def __init__(
+        self, shares: list[tuple[Work, Share]], dtype: torch.dtype, room: int, device: torch.device
+    ) -> None:
+        self.shares, self.room = shares, room
+        length = room + sum(share.length for _, share in shares)
+        self.values = torch.zeros(length, dtype=dtype, device=device)
+        self.held = [(w, s) for w, s in shares if s.index is not None]
+        self.known: list[Tensor] = []  # the statistics that are viewed
+        self.views: list[Tensor] = []  # this rank's shares in ``work.fresh``
+        self.slots: list[Tensor] = []  # the same in ``values``
 
-def _deliver(shares: Sequence[tuple[Work, Share]], vector: Tensor) -> None:
-    start = 0
-    for work, share in shares:
-        values = vector[start : start + share.length]
-        start += share.length
-        if share.index is not None:
-            target = work.fresh[share.moment][share.stat][share.index]
-            target.copy_(values.view(target.shape))
+    def collect(self, flags: list[float], *, absent: bool) -> Tensor:
+        """The vector as this rank has it; zeros for what it lacks, or all but the flags if ``absent``."""
+        self.values.zero_()
+        if flags:
+            self.values[: self.room].copy_(torch.tensor(flags), non_blocking=True)
+        if not absent:
+            self._look()
+            if self.views:
+                torch._foreach_copy_(self.slots, self.views)
+        return self.values
+
+    def deliver(self) -> None:
+        """Put the reduced shares where they came from."""
+        if self.views:
+            torch._foreach_copy_(self.views, self.slots)
+
+    def _look(self) -> None:
+        """Make the views, if a back end does not keep its statistics where they were."""
+        found = [work.fresh[share.moment][share.stat] for work, share in self.held]
+        if len(found) == len(self.known) and all(map(operator.is_, found, self.known)):
+            return
+        self.known = found
+        self.views = [t[s.index] for t, (_, s) in zip(found, self.held, strict=True) if s.index is not None]
+        parts = self.values[self.room :].split([share.length for _, share in self.shares])
+        mine = [part for part, (_, s) in zip(parts, self.shares, strict=True) if s.index is not None]
+        self.slots = [part.view(view.shape) for part, view in zip(mine, self.views, strict=True)]

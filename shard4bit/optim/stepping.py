@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shard4bit.backend import Work, Works
-from shard4bit.comm import Link, reduce
+from shard4bit.comm import Link, Reduction
 from shard4bit.dispatch import backend_for
 from shard4bit.errors import StateError
 from shard4bit.maths.update import Rule, Scalars
@@ -90,6 +90,7 @@ class StepPlan:
         self.signature: list[Any] = []
         self.taking: list[Bound] = []
         self.batches: list[tuple[Rule, Works]] = []
+        self.reduction = Reduction([])
 
     def run(self) -> None:
         try:
@@ -100,14 +101,13 @@ class StepPlan:
 
     def _run(self) -> None:
         failure = self._gather()
-        works = [bound.work for bound in self.taking]
         if failure is None:
             try:
                 for rule, batch in self.batches:
                     backend_for(batch[0].param.device).measure(rule, batch)
             except Exception as error:  # the other ranks must hear of it before it is raised
                 failure = error
-        reduce(works, failure)
+        self.reduction.run(failure)
         for rule, batch in self.batches:
             backend_for(batch[0].param.device).apply(rule, batch)
         self._finish()
@@ -162,6 +162,7 @@ class StepPlan:
             kind = (bound.rule.name, len(bound.rule.moments), bound.work.param.device)
             by_kind.setdefault(kind, (bound.rule, Works()))[1].append(bound.work)
         self.batches = list(by_kind.values())
+        self.reduction = Reduction([bound.work for bound in self.taking])
 
     def _finish(self) -> None:
         """Count the step and write back what is not dense."""
