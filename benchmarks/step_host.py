@@ -68,7 +68,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores")
-    print("| tensors | second moment | first launch us | last launch us | step us |\n|---|---|---:|---:|---:|")
+    print(
+        "| tensors | second moment | first launch us | last launch us | step us |\n|---|---|---:|---:|---:|"
+    )
     for tensors in (0, 2000):
         for second in ("block", "rank1", "factored"):
             row = measure(tensors, second, args.steps)

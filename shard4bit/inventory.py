@@ -82,7 +82,7 @@ class Inventory:
             for item in items:
                 if frozen or item.trainable:
                     bound_to = self.bound.get(item.name)
-                    self.tensors[item.name] = item.placed() if bound_to is None else bound_to.placed
+                    self.tensors[item.name] = item.placed if bound_to is None else bound_to.placed
         if parameters and frozen:
             for name, buffer in self.source.buffers():
                 self.tensors[name] = place(buffer, name)

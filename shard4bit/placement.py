@@ -32,6 +32,7 @@ class Placed:
     obstacle: (part) -> why state_dict() cannot give a part as a DTensor, or None.
     gather: (local, part) -> the DTensor that state_dict() gives of a part that ``wrap`` cannot show as one,
         or None where it can; collective. ungather: (such a tensor, part) -> this rank's part of it.
+    address: gives a number that changes if the elements move; None: that is the optimizer's tensor's address.
     prefix: of the state's keys, where one optimizer parameter holds several parameters.
     name: the parameter's own name in the model, where an engine's adapter knows it.
     options: what of its group's options this parameter has otherwise.
@@ -45,6 +46,7 @@ class Placed:
     obstacle: Callable[[Part], str | None] = lambda part: None
     gather: Callable[[Tensor, Part], Tensor | None] = lambda local, part: None
     ungather: Callable[[Tensor, Part], Tensor] = lambda saved, part: saved
+    address: Callable[[], int] | None = None
     prefix: str = ""
     name: str = ""
     options: dict[str, Any] = field(default_factory=dict)
@@ -59,8 +61,9 @@ class Item(NamedTuple):
     trainable: bool
     kept: Placed | None = None
 
+    @property
     def placed(self) -> Placed:
-        """Raises LayoutError, on all ranks, for what cannot be served."""
+        """Where its elements are. Raises LayoutError, on all ranks, for what cannot be served."""
         return self.kept or place(self.tensor, self.name)
 
 
@@ -147,13 +150,14 @@ def refuse_stale(params: Sequence[Tensor]) -> None:
 
 def _place_dtensor(param: Any, name: str) -> Placed:
     sharding = Sharding(param, name)
+    placements = sharding.placements
 
     def grad() -> Tensor | None:
         found = param.grad
         if found is None:
             return None
-        if is_dtensor(found) and found.placements != param.placements:
-            found = found.redistribute(param.device_mesh, param.placements)
+        if is_dtensor(found) and found.placements != placements:
+            found = found.redistribute(param.device_mesh, placements)
         return to_local(found)
 
     return Placed(
@@ -165,4 +169,5 @@ def _place_dtensor(param: Any, name: str) -> Placed:
         obstacle=sharding.obstacle,
         gather=sharding.gather,
         ungather=sharding.ungather,
+        address=lambda: to_local(param).data_ptr(),
     )

@@ -112,11 +112,12 @@ class KernelBackend:
     def _upload(self, batch: Batch) -> None:
         """Addresses, activity and scalars of this step, in one copy."""
         works, live = batch.works, batch.live
-        hypers = {(id(w.scalars), w.maximize): w for w in works}
         live["param"] = [w.param.data_ptr() for w in works]
         live["grad"] = [0 if w.grad is None else w.grad.data_ptr() for w in works]
-        batch.active = [w.active for w in works]
-        live["active"] = batch.active
+        active = [w.active for w in works]
+        if active != batch.active:
+            live["active"] = batch.active = active
+        hypers = {(id(w.scalars), w.maximize): w for w in works}
         if len(hypers) == 1:
             live["hyper"] = 0
         else:

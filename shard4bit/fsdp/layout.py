@@ -62,7 +62,7 @@ class FlatSource(Source):
         """For ``QuantizedOptimizer.set_layout``."""
         known: dict[Tensor, list[Placed]] = {}
         for item in self.items:
-            known.setdefault(item.tensor, []).append(item.placed())
+            known.setdefault(item.tensor, []).append(item.placed)
 
         def answer(param: Tensor, name: str) -> list[Placed]:
             if param not in known:

@@ -32,9 +32,12 @@ class Bound:
     step: Tensor  # 0-d float32 on the CPU, an element of the optimizer's one vector: updates so far
     row: int  # of that vector
     work: Work
-    pointer: int = 0  # of ``work.param``, if that is the parameter's own memory
-    anchor: int = 0  # of the optimizer's tensor when ``work.param`` was made; 0: cannot be known
+    own: bool = False  # whether ``work.param`` is the parameter's own memory, not a dense copy
+    anchor: int | None = None  # the address of that memory when ``work.param`` was made
     accepted: Any = None  # (dtype, shape, device, layout) of the last gradient that was checked
+
+    def __post_init__(self) -> None:
+        self.address: Callable[[], int] = self.placed.address or self.param.data_ptr
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,8 +56,8 @@ class Bound:
                     )
         self.accepted = None
         self.work.param = data.contiguous()
-        self.pointer = data.data_ptr() if self.work.param is data else 0
-        self.anchor = self.param.data_ptr() if self.pointer else 0
+        self.own = self.work.param is data
+        self.anchor = self.address() if self.own else None
 
     def take_gradient(self, grad: Tensor) -> None:
         """Check a gradient and make it ``work.grad``, dense. Raises ValueError."""
@@ -67,7 +70,7 @@ class Bound:
     def release(self) -> None:
         """Hold neither the gradient nor a dense copy of the parameter until the next step."""
         self.work.grad = None
-        if self.pointer == 0:
+        if not self.own:
             self.work.param = self.placed.data()
 
 
@@ -84,10 +87,19 @@ class StepPlan:
         steps: Tensor,
         rule_of: Callable[[Mapping[str, Any]], Rule],
     ) -> None:
-        self.members = members
+        self.members, self.bounds = members, [bound for bound, _ in members]
         self.steps, self.rule_of = steps, rule_of
-        self.rows = torch.tensor([b.row for b, _ in members], dtype=torch.long)
-        self.signature: list[Any] = []
+        kinds: dict[tuple[int, int], tuple[Mapping[str, Any], Rule, list[tuple[Work, int]]]] = {}
+        for bound, group in members:
+            key = (id(group), id(bound.rule))
+            kinds.setdefault(key, (group, bound.rule, []))[2].append((bound.work, bound.row))
+        self.kinds = list(kinds.values())
+        self.gradients = [bound.placed.grad for bound in self.bounds]
+        self.addresses = [bound.address for bound in self.bounds]
+        # of each parameter, at the last look: its address, its gradient's dtype, its elements
+        self.anchors: list[int | None] = []
+        self.signature: list[torch.dtype | None] = []
+        self.numels = [bound.placed.slab.numel for bound in self.bounds]
         self.taking: list[Bound] = []
         self.batches: list[tuple[Rule, Works]] = []
         self.reduction = Reduction([])
@@ -96,7 +108,7 @@ class StepPlan:
         try:
             self._run()
         finally:
-            for bound, _ in self.members:
+            for bound in self.bounds:
                 bound.release()
 
     def _run(self) -> None:
@@ -115,48 +127,83 @@ class StepPlan:
     def _gather(self) -> BaseException | None:
         """Bring every work up to date. Returns the first error instead of raising it."""
         failure: BaseException | None = None
-        counts = self.steps.tolist()
-        scalars: dict[tuple[int, int], dict[float, Scalars]] = {}
-        signature: list[Any] = []
-        known: dict[float, Scalars] = {}
-        last: tuple[Any, Any] = (None, None)
-        for bound, group in self.members:
-            work, grad = bound.work, None
+        grads: list[Tensor | None] = []
+        for gradient in self.gradients:
             try:
-                grad = bound.placed.grad()
-                if bound.anchor == 0 or bound.param.data_ptr() != bound.anchor:
+                grads.append(gradient())
+            except Exception as error:  # the other ranks must hear of it before it is raised
+                failure = failure or error
+                grads.append(None)
+        if self._alike(grads):
+            for bound, grad in zip(self.bounds, grads, strict=True):
+                bound.work.grad, bound.work.active = grad, grad is not None
+        else:
+            failure = self._look(grads, failure)
+        try:
+            self._scale()
+        except Exception as error:
+            failure = failure or error
+        return failure
+
+    def _alike(self, grads: list[Tensor | None]) -> bool:
+        """Whether parameters lie where they were, and have gradients of the same kind as at the last look:
+        then ``_look``, which takes several times longer, would find nothing. (That a gradient is on its
+        parameter's device and of its shape, torch and the engines see to.)"""
+        try:
+            return (
+                [None if g is None else g.dtype for g in grads] == self.signature
+                and [address() for address in self.addresses] == self.anchors
+                and all(
+                    g is None or (g.is_contiguous() and g.numel() == n)
+                    for g, n in zip(grads, self.numels, strict=True)
+                )
+            )
+        except RuntimeError:  # of a sparse gradient, say
+            return False
+
+    def _look(self, grads: list[Tensor | None], failure: BaseException | None) -> BaseException | None:
+        """Check every parameter and gradient, and sort them anew if need be. Returns the first error."""
+        for bound, grad in zip(self.bounds, grads, strict=True):
+            try:
+                if bound.anchor is None or bound.address() != bound.anchor:
                     bound.refresh()
                 if grad is not None:
                     bound.take_gradient(grad)
-                if group is not last[0] or bound.rule is not last[1]:
-                    self._check_rule(bound, group)
-                    last = (group, bound.rule)
-                    known = scalars.setdefault((id(group), id(bound.rule)), {})
-                count = counts[bound.row]
-                if count not in known:
-                    known[count] = bound.rule.scalars(group, int(count) + 1)
-                work.scalars, work.maximize = known[count], group["maximize"]
             except Exception as error:  # the other ranks must hear of it before it is raised
                 failure, grad = failure or error, None
-            work.active = grad is not None
-            signature.append(None if work.grad is None else work.grad.dtype)
+            bound.work.active = grad is not None
+        self.anchors = [bound.anchor for bound in self.bounds]
+        signature = [None if b.work.grad is None else b.work.grad.dtype for b in self.bounds]
         if signature != self.signature:
             self._sort(signature)
         return failure
 
-    def _check_rule(self, bound: Bound, group: Mapping[str, Any]) -> None:
-        lacking = set(self.rule_of(group).moments) - set(bound.rule.moments)
+    def _scale(self) -> None:
+        """Give every work the scalars of its group and step count. Raises ValueError."""
+        counts = self.steps.tolist()
+        for group, rule, members in self.kinds:
+            self._check_rule(rule, group)
+            known: dict[float, Scalars] = {}
+            for work, row in members:
+                count = counts[row]
+                if count not in known:
+                    known[count] = rule.scalars(group, int(count) + 1)
+                work.scalars = known[count]
+                work.maximize = group["maximize"]
+
+    def _check_rule(self, rule: Rule, group: Mapping[str, Any]) -> None:
+        lacking = set(self.rule_of(group).moments) - set(rule.moments)
         if lacking:
             raise ValueError(
                 f"a group's options now need {sorted(lacking)}, which its parameters were bound without "
                 "(momentum was 0): build a new optimizer"
             )
 
-    def _sort(self, signature: list[Any]) -> None:
+    def _sort(self, signature: list[torch.dtype | None]) -> None:
         """Batches of one rule and device of the parameters that take part: those with a gradient, and
         those of which another rank may have one."""
         self.signature = signature
-        self.taking = [b for b, _ in self.members if b.work.grad is not None or b.links]
+        self.taking = [b for b in self.bounds if b.work.grad is not None or b.links]
         by_kind: dict[tuple[str, int, torch.device], tuple[Rule, Works]] = {}
         for bound in self.taking:
             kind = (bound.rule.name, len(bound.rule.moments), bound.work.param.device)
@@ -172,7 +219,7 @@ class StepPlan:
         elif stepped:
             self.steps[torch.tensor(stepped)] += 1.0
         for bound in self.taking:
-            if bound.pointer == 0 and bound.work.active:
+            if not bound.own and bound.work.active:
                 data = bound.placed.data()
                 if data.data_ptr() != bound.work.param.data_ptr():
                     data.copy_(bound.work.param)

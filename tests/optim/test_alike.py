@@ -1,0 +1,85 @@
+"""Steps that find parameters and gradients as they were skip the look at each; all else is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shard4bit import AdamW4bit
+from shard4bit.optim.stepping import StepPlan
+from tests.optim.helpers import assert_same, fill_grads, normal, snapshot
+
+
+def pair() -> tuple[list[nn.Parameter], AdamW4bit]:
+    params = [nn.Parameter(normal((70, 80), i).clone()) for i in range(3)]
+    return params, AdamW4bit(params)
+
+
+def looks(params: list[nn.Parameter], optimizer: AdamW4bit, step: int) -> int:
+    """How often a step looked at each parameter."""
+    with mock.patch.object(StepPlan, "_look", autospec=True, side_effect=StepPlan._look) as look:
+        fill_grads(params, step)
+        optimizer.step()
+    return look.call_count
+
+
+def move(param: nn.Parameter) -> None:
+    param.data = param.data.clone()
+
+
+def drop(param: nn.Parameter) -> None:
+    param.grad = None
+
+
+def transpose(param: nn.Parameter) -> None:
+    assert param.grad is not None
+    param.grad = param.grad.t().contiguous().t()
+
+
+def narrow(param: nn.Parameter) -> None:
+    assert param.grad is not None
+    grad = param.grad.bfloat16()
+    param.grad, param.grad_dtype = None, None  # any
+    param.grad = grad
+
+
+def dilate(param: nn.Parameter) -> None:
+    """In memory that is not dense."""
+    wide = torch.zeros(70, 160)
+    wide[:, ::2] = param.data
+    param.data = wide[:, ::2]
+
+
+def test_one_look_for_many_steps() -> None:
+    params, optimizer = pair()
+    assert [looks(params, optimizer, step) for step in range(4)] == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("change", [move, drop, transpose, narrow, dilate])
+def test_a_change_is_seen(change: Callable[[nn.Parameter], None]) -> None:
+    """What is changed in the fourth step; the other optimizer has no plan to compare it with."""
+    (params, optimizer), (others, fresh) = pair(), pair()
+    for step in range(6):
+        for tensors, one in ((params, optimizer), (others, fresh)):
+            fill_grads(tensors, step)
+            if step == 3:
+                change(tensors[1])
+            if one is fresh:
+                one._plans.clear()
+            one.step()
+    assert_same(snapshot(params, optimizer), snapshot(others, fresh))
+    assert not torch.equal(params[1], normal((70, 80), 1))
+
+
+def test_the_memory_of_a_moved_parameter_is_updated() -> None:
+    params, optimizer = pair()
+    looks(params, optimizer, 0)
+    old: Tensor = params[0].data
+    kept = old.clone()
+    move(params[0])
+    assert looks(params, optimizer, 1) == 1
+    assert torch.equal(old, kept) and not torch.equal(params[0], kept)
