@@ -16,6 +16,7 @@ from shard4bit.checkpoint.pieces import Piece
 from shard4bit.checkpoint.ranks import together, world
 from shard4bit.errors import CheckpointError
 from shard4bit.inventory import Inventory
+from shard4bit.log import log
 from shard4bit.optim.base import QuantizedOptimizer
 
 
@@ -164,6 +165,7 @@ def load(
     inventory.adopt(manifest, with_groups)
     _rng.restore({p.key: p.data[0] for p in states})
     extra = _extra.decode(manifest.extra, {p.key: p.data for p in others})
+    log.info("loaded %s of step %d, saved by %d ranks", directory, manifest.step, manifest.world_size)
     return Loaded(directory, manifest.step, extra, skipped + unused, bool(states))
 
 

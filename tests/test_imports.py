@@ -30,6 +30,7 @@ LAYERS = (
     {"backend", "comm"},
     {"state"},
     {"maths"},
+    {"log"},
     {"layout", "spec", "errors"},
 )
 SIDEWAYS = {("__main__", "cli"), ("api", "inventory"), ("inventory", "rectangles"), ("comm", "backend")}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-_log = logging.getLogger("shard4bit")
+from shard4bit.log import log
+
 _current: Saving | None = None  # the last one that was started
 
 
@@ -28,7 +28,7 @@ class Saving:
             self._work()
         except Exception as error:
             self._error = error
-            _log.error("saving %s in the background failed: %s", self.path, error)
+            log.error("saving %s in the background failed: %s", self.path, error)
         finally:
             self._work = None  # and with it the host copy
 

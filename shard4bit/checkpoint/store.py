@@ -7,6 +7,7 @@ rename, after every file is on disk: a crash at any moment leaves earlier checkp
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from shard4bit.checkpoint.ranks import at_first, to_first, together, world
 from shard4bit.checkpoint.reading import read_into
 from shard4bit.checkpoint.upkeep import Hidden, latest, remove_leftovers, remove_old, step_name
 from shard4bit.errors import CheckpointError
+from shard4bit.log import log
 
 __all__ = ["Saving", "find", "latest", "raise_unseen", "read_into", "settle", "step_name", "write"]
 
@@ -74,6 +76,7 @@ class _Job:
             return hidden.path.name
 
         rank, _ = world()
+        begin = time.perf_counter()
         try:
             place = self.root / at_first(f"preparing {self.final}", make)
             written = to_first(
@@ -86,6 +89,8 @@ class _Job:
         finally:
             if hidden is not None:
                 hidden.close()
+        size = sum(size for size, _ in written)  # on rank 0, of all
+        log.info("saved %s: %.1f MB in %.2f s", self.final, size / 1e6, time.perf_counter() - begin)
         if self.keep_last is not None and self.first:
             remove_old(self.root, self.final, self.keep_last)
 

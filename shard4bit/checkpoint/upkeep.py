@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import logging
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from shard4bit.checkpoint.manifest import NAME
 from shard4bit.errors import CheckpointError
+from shard4bit.log import log
 
 PREFIX = "step-"
 #: A leftover that its owner's machine cannot be asked about is dead if nothing in it changed for so long.
@@ -25,7 +25,6 @@ QUIET_SECONDS = 24 * 3600.0
 
 _STEP = re.compile(r"step-(\d{10})")
 _HIDDEN = re.compile(r"\.step-\d{10}-([0-9a-f]{8})-[0-9a-f]{8}")
-_log = logging.getLogger("shard4bit")
 
 
 def step_name(step: int) -> str:
@@ -112,7 +111,7 @@ def remove_leftovers(root: Path, ours: Path) -> None:
             if match and name != ours.name and not (root / name).is_symlink():
                 _remove_if_dead(root / name, match[1], now)
     except OSError as error:
-        _log.warning("leftovers under %s were not looked at: %s", root, error)
+        log.warning("leftovers under %s were not looked at: %s", root, error)
 
 
 def _remove_if_dead(path: Path, owner: str, now: float) -> None:
@@ -142,9 +141,10 @@ def remove_old(root: Path, final: Path, keep: int) -> None:
         ours = [n for n in names if _is_ours(root / n)]
         for name in ours[:-keep]:
             if name != final.name:
+                log.info("removing %s: keep_last=%d", root / name, keep)
                 _remove(root / name)
     except OSError as error:
-        _log.warning("old checkpoints under %s were not all removed: %s", root, error)
+        log.warning("old checkpoints under %s were not all removed: %s", root, error)
 
 
 def _is_ours(path: Path) -> bool:

@@ -14,13 +14,14 @@ from shard4bit.backend import Work
 from shard4bit.comm import make_link
 from shard4bit.dispatch import backend_for
 from shard4bit.errors import LayoutError, StateError
+from shard4bit.log import log
 from shard4bit.maths.update import Rule
 from shard4bit.optim import loading, validate
 from shard4bit.optim.gathering import gathered, ungathered
 from shard4bit.optim.report import Report, report
 from shard4bit.optim.stepping import Bound, StepPlan
 from shard4bit.optim.summary import summary
-from shard4bit.placement import Placed, place, refuse_stale, to_local
+from shard4bit.placement import Placed, is_dtensor, place, refuse_stale, to_local
 from shard4bit.spec import Full, MomentSpec, is_quantized, parse_spec
 from shard4bit.state import Moment, parts, state_key
 
@@ -119,6 +120,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         if not known and any(p.requires_grad and p not in self._bound for p in params):
             refuse_stale(params)
             validate.not_replaced(params, self.__dict__.get("_given"))  # (not there after unpickling)
+            self._drop_replaced(params)
         for index, group in enumerate(self.param_groups):
             names = group.get("param_names") or [
                 f"param_groups[{index}]['params'][{i}]" for i in range(len(group["params"]))
@@ -134,6 +136,16 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             self._gather_steps()
         return out
 
+    def _drop_replaced(self, params: list[Tensor]) -> None:
+        """Forget what left the groups before any step: accelerate has read a state_dict by then (FSDP2)."""
+        gone = self._bound.keys() - set(params)
+        if not any(bound.step for param in gone for bound in self._bound[param]):
+            for param in gone:
+                del self._bound[param], self.state[param]
+            self._steps = torch.zeros(0)  # gathered anew for what takes their place
+        elif len(gone) == len(self._bound) and all(map(is_dtensor, params)):
+            raise LayoutError("sharded parameters replaced those with states: shard before steps and loads")
+
     def _gather_steps(self) -> None:
         """Make all step counts elements of one vector, so that a step reads and advances it at once."""
         every = [bound for found in self._bound.values() for bound in found]
@@ -142,6 +154,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         for row, bound in enumerate(every):
             bound.row, bound.step = row, self._steps[row]
             self.state[bound.param][bound.placed.prefix + "step"] = bound.step
+        log.info("%s: states of %d parameters made", type(self).__name__, len(every))
 
     def _bind(self, param: Tensor, placed: Placed, group: Mapping[str, Any]) -> Bound:
         slab, shape = placed.slab, placed.slab.view.shape
