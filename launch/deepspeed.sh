@@ -4,26 +4,50 @@
 #   bash launch/deepspeed.sh --engine zero2 --preset gpt2-small --precision bf16 --out runs/gpt2
 #
 # RANKS     processes on this node (all GPUs; 2 without a GPU); not with HOSTFILE
-# HOSTFILE  several nodes: a file like launch/hostfile.example. DeepSpeed starts the ranks there by ssh without
-#           a password, in this very folder, which all nodes must see.
+# HOSTFILE  several nodes: a file like launch/hostfile.example. DeepSpeed starts the ranks there by pdsh
+#           and ssh, without a password, in this very folder, which all nodes must see.
 # PORT      where the ranks meet, on the first node (29500)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-[ -d "$root/.venv/bin" ] && PATH="$root/.venv/bin:$PATH" # what `make env` installed
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+# what `make env` installed, unless another environment is active
+[ -z "${VIRTUAL_ENV:-}" ] && [ -d "$root/.venv/bin" ] && PATH="$root/.venv/bin:$PATH"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 fail() { echo "launch/deepspeed.sh: error: $1" >&2; exit 2; }
+command -v python >/dev/null || fail "python is not on PATH: run 'make env', or activate an environment"
 command -v deepspeed >/dev/null ||
     fail "deepspeed is not on PATH: DS_BUILD_OPS=0 pip install deepspeed==0.19.8"
+case " $* " in *" --help "* | *" -h "*) exec python -m launch.options --help ;; esac
 python -m launch.options "$@" >&2 || exit 2 # wrong options end here, once, and not on every rank
 
 if [ -n "${HOSTFILE:-}" ]; then
     [ -f "$HOSTFILE" ] || fail "HOSTFILE=$HOSTFILE: no such file; see launch/hostfile.example"
-    where=(--hostfile "$HOSTFILE")
+    for tool in pdsh ssh; do
+        command -v "$tool" >/dev/null || fail "$tool is not on PATH; HOSTFILE needs it"
+    done
+    where=(--hostfile "$HOSTFILE" --force_multi)
 elif nvidia-smi -L >/dev/null 2>&1; then
     where=(--hostfile /dev/null ${RANKS:+--num_gpus "$RANKS"})
 else
-    export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
     where=(--hostfile /dev/null --num_gpus "${RANKS:-2}") # "gpus" means processes
 fi
-exec deepspeed "${where[@]}" --master_port "${PORT:-29500}" --module launch.train "$@"
+deepspeed "${where[@]}" --master_port "${PORT:-29500}" --module launch.train "$@" &
+runner=$!
+# On one node the deepspeed command would die of a signal and leave its ranks running, and its helper, below
+# it, would give them 30 seconds; so the ranks themselves get the signal, and all end when they have saved.
+stop() {
+    if [ -n "${HOSTFILE:-}" ]; then kill -TERM "$runner"
+    else # or whoever is there, where no rank is yet
+        pkill -TERM -P "$(pgrep -d, -P "$runner")" 2>/dev/null ||
+            pkill -TERM -P "$runner" || kill -TERM "$runner"
+    fi
+}
+trap stop TERM INT
+status=0
+wait "$runner" || status=$?
+while kill -0 "$runner" 2>/dev/null; do # the wait ended by the signal
+    status=0
+    wait "$runner" || status=$?
+done
+exit "$status"

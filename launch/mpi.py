@@ -42,8 +42,9 @@ def join() -> None:
         return
     try:
         from mpi4py import MPI
-    except ImportError as error:
-        raise ValueError(f"mpirun needs mpi4py ({error}): pip install mpi4py") from None
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, but no MPI
+        why = str(error).splitlines()[0]
+        raise ValueError(f"mpirun needs mpi4py and its MPI ({why}): pip install mpi4py mpich") from None
     world = MPI.COMM_WORLD
     rank, size = world.Get_rank(), world.Get_size()
     if (rank, size) != mark:

@@ -9,13 +9,16 @@
 #          MPIARGS="--hostfile hosts --bind-to none" with Open MPI
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-[ -d "$root/.venv/bin" ] && PATH="$root/.venv/bin:$PATH" # what `make env` installed
+# what `make env` installed, unless another environment is active
+[ -z "${VIRTUAL_ENV:-}" ] && [ -d "$root/.venv/bin" ] && PATH="$root/.venv/bin:$PATH"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 fail() { echo "launch/mpirun.sh: error: $1" >&2; exit 2; }
-command -v mpirun >/dev/null || fail "mpirun is not on PATH: load your site's MPI, or pip install mpi4py mpich"
+command -v python >/dev/null || fail "python is not on PATH: run 'make env', or activate an environment"
+command -v mpirun >/dev/null || fail "mpirun is not on PATH: load your MPI, or pip install mpi4py mpich"
 python -c "import importlib.util as u, sys; sys.exit(u.find_spec('mpi4py') is None)" ||
     fail "mpirun needs mpi4py: pip install mpi4py"
+case " $* " in *" --help "* | *" -h "*) exec python -m launch.options --help ;; esac
 python -m launch.options "$@" >&2 || exit 2 # wrong options end here, once, and not on every rank
 
 # shellcheck disable=SC2086  # MPIARGS is several words

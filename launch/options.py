@@ -1,12 +1,14 @@
 """The command line of launch/train.py. As a program it only checks it, in a moment and without torch:
 
 python -m launch.options OPTIONS
+
+Launchers run that first, so that what is wrong is said once and not by every rank.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import importlib.util
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -14,6 +16,7 @@ from typing import NoReturn
 from launch import folders
 from launch.mpi import is_first_rank
 from launch.presets import PRESETS, GPTConfig, changed
+from launch.stopping import restarted
 
 ENGINES = ("auto", "single", "ddp", "fsdp1", "fsdp2", "zero1", "zero2")
 OPTIMIZERS = ("adamw4bit", "sgd4bit", "adamw8bit", "adamw", "bnb-adamw8bit")
@@ -92,6 +95,7 @@ def _add_checkpoints(parser: Parser) -> None:
     add("--resume", type=Path, help="go on from the newest checkpoint in this folder, not from --out's")
     add("--check-only", action="store_true", help="with --resume: load, digest, evaluate, end")
     add("--results", type=Path, help="write the results to this JSON file")
+    add("--tensorboard", action="store_true", help="write losses, rate and times to --out/tensorboard")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -123,9 +127,6 @@ def _conflicts(options: argparse.Namespace) -> list[tuple[bool, str]]:
     """(whether it applies, what is wrong)"""
     late = options.save_at is not None and options.save_at > options.steps
     both = options.save_at is not None and bool(options.save_every)
-    # an elastic restart is the same run, which goes on
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    there = folders.of_run(options.out) if options.fresh and not again else []
     moment = options.second_moment is not None and options.optimizer != "adamw4bit"
     return [
         (options.lr is not None and not options.lr > 0, f"--lr {options.lr}: expected a positive number"),
@@ -133,13 +134,36 @@ def _conflicts(options: argparse.Namespace) -> list[tuple[bool, str]]:
         (both, "--save-at saves once, --save-every often: give one of them"),
         (moment, f"--second-moment is of adamw4bit, not of {options.optimizer}"),
         (options.check_only and options.resume is None, "--check-only needs --resume"),
-        (
-            bool(there),
-            f"--fresh overwrites nothing, and there is {', '.join(map(str, there))}: give another --out",
-        ),
         (options.fresh and options.resume is not None, "--fresh starts anew, --resume goes on: give one"),
     ]
 
 
+def not_fresh(out: Path) -> str | None:
+    """Why --fresh is refused, if --out has checkpoints."""
+    there = ", ".join(map(str, folders.of_run(out)))
+    return f"--fresh overwrites nothing, and there is {there}: give another --out" if there else None
+
+
+def _lacking(options: argparse.Namespace) -> list[str]:
+    """The packages that a run with these options imports and that are not installed."""
+    needed = ["torch", "numpy", "safetensors", "xxhash", "tqdm"]
+    needed += ["deepspeed"] * (options.engine in ("zero1", "zero2"))
+    needed += ["bitsandbytes"] * (options.optimizer == "bnb-adamw8bit")
+    needed += ["tensorboard"] * options.tensorboard
+    return [name for name in needed if importlib.util.find_spec(name) is None]
+
+
+def main() -> None:
+    """Check the command line, --out and what is installed here; leave with status 2 for what is wrong."""
+    options = parse()
+    parser = make_parser()
+    lacking = _lacking(options)
+    if lacking:
+        parser.error(f"not installed in {sys.prefix}: {', '.join(lacking)}; run 'make env', or pip install")
+    refused = not_fresh(options.out) if options.fresh and not restarted() else None
+    if refused:
+        parser.error(refused)
+
+
 if __name__ == "__main__":
-    parse()
+    main()

@@ -5,20 +5,27 @@
 #
 # RANKS     processes on this node: a number, or "gpu" for one on each GPU (the default; 2 without a GPU)
 # RESTARTS  how often a run that lost a rank starts again, from its newest checkpoint (3)
-# NODES     number of nodes (1). For several, start this on each of them, at the same time, with the same --out on a
-#           filesystem that all see, and
+# NODES     number of nodes (1). For several, start this on each of them, at the same time, with the same
+#           --out on a filesystem that all see, and
 # HEAD      the name or address of one of them, with a port if 29500 is taken: HEAD=node0:29600
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-[ -d "$root/.venv/bin" ] && PATH="$root/.venv/bin:$PATH" # what `make env` installed
+# what `make env` installed, unless another environment is active
+[ -z "${VIRTUAL_ENV:-}" ] && [ -d "$root/.venv/bin" ] && PATH="$root/.venv/bin:$PATH"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 fail() { echo "launch/torchrun.sh: error: $1" >&2; exit 2; }
-command -v torchrun >/dev/null || fail "torchrun is not on PATH: run 'make env', or use an environment with torch"
+command -v python >/dev/null || fail "python is not on PATH: run 'make env', or activate an environment"
+command -v torchrun >/dev/null || fail "torchrun is not on PATH: run 'make env', or install torch"
+case " $* " in *" --help "* | *" -h "*) exec python -m launch.options --help ;; esac
 python -m launch.options "$@" >&2 || exit 2 # wrong options end here, once, and not on every rank
 
 # How long a stopped run has for its last checkpoint, in seconds; torchrun's own 30 are few for large models.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
+# Without this torch keeps one store for all restarts, and ranks that started again now and then read the
+# addresses of dead ones, and hang (https://github.com/pytorch/pytorch/issues/135712, seen with torch 2.13).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun takes this too, but with a warning of four lines
 nodes=${NODES:-1}
 where=(--standalone)
 if [ "$nodes" != 1 ]; then

@@ -11,6 +11,7 @@ import json
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import shard4bit
-from launch import checkpoints, cluster, engines, folders, measure, optimizers, options
+from launch import checkpoints, cluster, engines, folders, measure, optimizers, options, scalars
 from launch.cluster import Cluster
 from launch.data import Corpus, global_batch, load_corpus, rank_slice
 from launch.presets import family
 from launch.recipe import Recipe
-from launch.stopping import Stop
+from launch.scalars import Scalars
+from launch.stopping import Stop, restarted
 
 EVALUATION_ROWS = 256  # sequences of held-out text, the same ones in every evaluation
 
@@ -40,6 +42,12 @@ class Run:
     def __init__(self, settings: argparse.Namespace, ranks: Cluster) -> None:
         self.settings = settings
         self.ranks = ranks
+        # The same run, once more; the ranks of another node may not know it.
+        self.again = ranks.any(restarted())
+        if settings.fresh and not self.again:
+            refused = options.not_fresh(settings.out)
+            if ranks.any(ranks.is_first and refused is not None):
+                raise ValueError(refused or "--fresh is refused by the first rank")
         self.context: int = settings.config.context
         self.corpus: Corpus = load_corpus(settings.data, self.context)
         choice = optimizers.choose(settings.optimizer, settings.lr, settings.second_moment)
@@ -61,6 +69,10 @@ class Run:
         targets = targets.to(self.ranks.device)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
+    def lr(self, number: int) -> float:
+        """The learning rate of a step."""
+        return self.settings.lr * min(1.0, (number + 1) / self.settings.warmup)
+
     def step(self, number: int) -> tuple[Tensor, float, float]:
         """Do one step: this rank's loss in nats/byte, seconds in all, seconds of the optimizer.
 
@@ -72,7 +84,7 @@ class Run:
         loss = self._loss(rows) / (want.batch * self.context)
         # Engines take the mean of the ranks' gradients; their sum is wanted, the slices being uneven.
         self.engine.backward(loss * self.ranks.world_size)
-        self.engine.set_lr(want.lr * min(1.0, (number + 1) / want.warmup))
+        self.engine.set_lr(self.lr(number))
         self.ranks.synchronize()
         middle = time.perf_counter()
         self.engine.step()
@@ -111,12 +123,15 @@ class Run:
     def resume(self) -> int:
         """Restore the newest checkpoint, if there is one, and return the number of steps it has done.
 
+        It is sought in --resume, unless this run was started again and has checkpoints of its own by now.
         Raises shard4bit.CheckpointError, or ValueError where it is of another model or other data.
         """
         want = self.settings
-        root = self.root if want.resume is None else want.resume
         # all ranks do what the first one sees: another may see a folder later
-        if not self.ranks.any(self.ranks.is_first and bool(want.resume or folders.newest_first(root))):
+        own = self.ranks.any(self.ranks.is_first and bool(folders.newest_first(self.root)))
+        late = self.again and own and not want.check_only
+        root = self.root if want.resume is None or late else want.resume
+        if want.resume is None and not own:
             strange = folders.of_run(want.out, tuple(k for k in folders.KINDS if k != self.store.folder))
             if strange:
                 raise ValueError(
@@ -127,12 +142,18 @@ class Run:
         for key, value in self.identity.items():
             if extra.get(key) != value:
                 raise ValueError(f"the checkpoint in {root} has {key} {extra.get(key)}, this run has {value}")
+        ahead = [path.name for path in folders.newest_first(self.root)[:1]]
+        saves = bool(want.save_every or want.save_at) and not want.check_only
+        if self.ranks.any(self.ranks.is_first and saves and ahead > [folders.step_name(step)]):
+            raise ValueError(
+                f"{root} ends at step {step}, but {self.root} goes beyond it: give another --out"
+            )
         self.engine.restore(extra.get("engine", {}))
         if self.ranks.is_first:
             tqdm.write(f"resumed from {root}, step {step}")
         return step
 
-    def train(self, first: int, stop: Stop) -> dict[str, Any]:
+    def train(self, first: int, stop: Stop, board: Scalars) -> dict[str, Any]:
         """Do the steps from ``first`` (counted from 0) to the last, or to a stop; saves on the way."""
         want = self.settings
         losses, whole, inner, saved, stopped = [], [], [], None, None
@@ -143,6 +164,8 @@ class Run:
                 losses.append(loss)
                 whole.append(seconds)
                 inner.append(optimizer_seconds)
+                if want.tensorboard:
+                    board.step(number, self.ranks.sum(loss).item(), self.lr(number), seconds, inner[-1])
                 if self.ranks.is_first and (number % 10 == 0 or number + 1 == want.steps):
                     shown = loss.item() * self.ranks.world_size
                     bar.set_postfix_str(f"loss ~{shown:.2f}", refresh=False)
@@ -151,6 +174,7 @@ class Run:
                 if stopping or self._due(number + 1):
                     saved = self.save(number + 1)
                     saved["val_loss"] = None if stopping else self.evaluate()
+                    board.validation(number + 1, saved["val_loss"])
                 if stopping:
                     stopped = number + 1
                     break
@@ -212,10 +236,13 @@ def run(settings: argparse.Namespace, ranks: Cluster, stop: Stop) -> dict[str, A
     first = job.resume()
     results["first_step"] = first
     results["restored_digest"] = job.digest() if first else None
-    if not settings.check_only:
-        results |= job.train(first, stop)
-    if not results.get("stopped"):  # who is stopped has little time
-        results["val_loss"] = job.evaluate()
+    with scalars.writer(settings, ranks, first) as board:
+        if not settings.check_only:
+            results |= job.train(first, stop, board)
+        if not results.get("stopped"):  # who is stopped has little time
+            results["val_loss"] = job.evaluate()
+            done = first if settings.check_only else max(first, settings.steps)
+            board.validation(done, results["val_loss"])
     results["digest"] = job.digest()
     state_bytes = ranks.sum(torch.tensor(measure.local_state_bytes(job.engine.own_optimizer())))
     results["state_bytes"] = int(state_bytes)
@@ -252,4 +279,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    cluster.leave(main())
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = 1  # such as the loss of another rank: end now, so that the launcher can start all again
+    cluster.leave(status)

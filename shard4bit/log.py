@@ -15,11 +15,11 @@ class _Ranked(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         grouped = dist.is_available() and dist.is_initialized()
-        record.rank = dist.get_rank() if grouped else 0
+        rank = record.__dict__["rank"] = dist.get_rank() if grouped else 0
         if grouped and dist.get_world_size() > 1:
-            if record.rank and record.levelno <= logging.INFO and not log.isEnabledFor(logging.DEBUG):
+            if rank and record.levelno <= logging.INFO and not log.isEnabledFor(logging.DEBUG):
                 return False
-            record.msg = f"rank {record.rank}: {record.msg}"
+            record.msg = f"rank {rank}: {record.msg}"
         return True
 
 

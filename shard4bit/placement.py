@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -50,6 +51,10 @@ class Placed:
     prefix: str = ""
     name: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+
+    def overriding(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The group as this parameter has it; later changes of the group show through."""
+        return ChainMap(self.options, group) if self.options else group  # type: ignore[arg-type]
 
 
 class Item(NamedTuple):

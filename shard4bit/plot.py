@@ -108,9 +108,9 @@ def draw(rows: Mapping[str, Panels], path: str | Path) -> None:
         ends = torch.cat([values for values in shown.values() if values.numel()] or [torch.zeros(1)])
         edges = torch.linspace(float(ends.amin()) - 0.05, float(ends.amax()) + 0.05, BINS + 1)
         for axes, (name, values) in zip(line, shown.items(), strict=False):
-            zeros = 1 - values.numel() / max(1, panels[name].numel())
+            zeros = 100 * (panels[name] == 0).double().mean() if panels[name].numel() else 0.0
             axes.hist(values.numpy(), bins=edges.tolist(), density=True, color="tab:blue")
-            note = "" if second or not zeros else f" ({100 * zeros:.1f} % zeros left out)"
+            note = f" ({zeros:.2g} % are 0{'' if second else ', left out'})" if zeros else ""
             axes.set_title(f"{title}\n{name}{note}", fontsize=8)
             axes.set_xlabel("log10 1 / (sqrt(v) + 1e-6)" if second else "log10 |m|", fontsize=8)
             axes.tick_params(labelsize=7)

@@ -81,7 +81,8 @@ def entry(prefix: str, name: str, thing: Any, shown: set[Any]) -> Iterator[str]:
     yield text_of(thing) + "\n"
     if inspect.isclass(thing):
         for method, found in methods(thing, shown):
-            yield f"#### `{name}.{method}`\n\n```text\n{wrapped(method, signature(found))}\n```\n\n{text_of(found)}\n"
+            yield f"#### `{name}.{method}`\n\n```text\n{wrapped(method, signature(found))}\n```\n"
+            yield text_of(found) + "\n"
 
 
 def methods(cls: type, shown: set[Any]) -> Iterator[tuple[str, Any]]:

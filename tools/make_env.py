@@ -25,6 +25,7 @@ MODULE_OF = {
     "pytest-timeout": "pytest_timeout",
     "pytest-xdist": "xdist",
     "nvidia-cuda-nvrtc": "nvidia.cu13",
+    "mpich": "mpi4py",  # who has mpi4py has an MPI, whose mpirun a second one would hide
 }  # where the import name is not the package's
 
 

@@ -95,7 +95,14 @@ def _finish(engine: Any) -> None:
         optimizer.set_layout(found.place)
         _layouts[engine] = found
         own = {p.name: dict(p.options) for held in found.held.values() for p in held if p.options}
-        optimizer.register_state_dict_post_hook(lambda _, state: {**state, "by_name": own} if own else None)
+        whole = all(placed.prefix == "" for held in found.held.values() for placed in held)
+
+        def described(ours: Any, state: dict[str, Any]) -> dict[str, Any]:
+            """With what reading the file without an engine needs. (In a partition, keys have the names.)"""
+            names = [[found.held[p][0].name for p in group["params"]] for group in ours.param_groups]
+            return {**state, **({"by_name": own} if own else {}), **({"names": names} if whole else {})}
+
+        optimizer.register_state_dict_post_hook(described)
 
 
 # ---- what is refused --------------------------------------------------------------------------------

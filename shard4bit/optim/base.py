@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Set
 from operator import attrgetter
 from typing import Any, ClassVar
@@ -158,7 +157,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     def _bind(self, param: Tensor, placed: Placed, group: Mapping[str, Any]) -> Bound:
         slab, shape = placed.slab, placed.slab.view.shape
-        group = _with_options(group, placed)
+        group = placed.overriding(group)
         rule = self._rule(group)
         device = placed.data().device
         if device.type == "meta":
@@ -209,7 +208,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             if len(self._plans) >= 16:  # of parameters frozen and thawed in ever new ways
                 self._plans.clear()
             members = [
-                (b, _with_options(g, b.placed))
+                (b, b.placed.overriding(g))
                 for g in self.param_groups
                 for p in g["params"]
                 for b in self._bound.get(p, ())
@@ -296,8 +295,3 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             loading.adopt_options(group, saved)
         for post_hook in list(self._optimizer_load_state_dict_post_hooks.values()):
             post_hook(self)
-
-
-def _with_options(group: Mapping[str, Any], placed: Placed) -> Mapping[str, Any]:
-    """The group as this parameter has it; later changes of the group show through."""
-    return ChainMap(placed.options, group) if placed.options else group  # type: ignore[arg-type]

@@ -246,7 +246,7 @@ def test_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({"weight": torch.ones(3)}, tmp_path / "model.safetensors")
     torch.save({"state": {0: {"sum": torch.ones(3)}}, "param_groups": [{"params": ["w"]}]}, tmp_path / "a.pt")
     cases: list[tuple[list[object], str]] = [
-        ([path, tmp_path / "x"], "give --to canonical|adamw|safetensors|dcp"),
+        ([path, tmp_path / "x"], "give --to canonical|adamw|safetensors|dcp|universal"),
         ([path, tmp_path / "0.pt"], "exists already"),
         ([path, tmp_path / "no" / "x.pt"], "its directory does not exist"),
         ([tmp_path / "nowhere", tmp_path / "x.pt"], "no such file or directory"),
@@ -269,8 +269,8 @@ def test_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_forms_are_complete() -> None:
     """Every form is read and written."""
     from shard4bit.cli.convert import FORMS
-    from shard4bit.cli.formats import adamw, canonical, dcp, single
+    from shard4bit.cli.formats import adamw, canonical, dcp, single, zero
 
-    assert len(FORMS) == 4
-    for form, name in itertools.product((adamw, canonical, dcp, single), ("read", "write")):
+    assert len(FORMS) == 5
+    for form, name in itertools.product((adamw, canonical, dcp, single, zero), ("read", "write")):
         assert callable(getattr(form, name))

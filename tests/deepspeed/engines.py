@@ -9,6 +9,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterator
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,6 +37,23 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     },
     "fp16": {"fp16": {"enabled": True, "initial_scale_power": 0, "hysteresis": 1}},
 }
+
+#: known versions of DeepSpeed without what the newest one has
+OLD = HAVE and tuple(map(int, version("deepspeed").split(".")[:2])) < (0, 19)
+
+
+def has(stage: int, precision: str, **zero: Any) -> bool:
+    """Whether the installed DeepSpeed has such a configuration."""
+    missing = (
+        precision == "bf16 masters" or "parameter_alignment" in zero or (stage == 0 and precision == "bf16")
+    )
+    return not (OLD and missing)
+
+
+def needs(options: dict[str, Any]) -> None:
+    """Skip a test whose options of ``config`` the installed DeepSpeed does not have (and does not refuse)."""
+    if not has(options["stage"], options.get("precision", "fp32"), **options.get("zero", {})):
+        pytest.skip(f"DeepSpeed {version('deepspeed')} has no such configuration")
 
 
 def entry(kind: str, **options: Any) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def resumed(root: str, options: dict[str, Any]) -> Any:
     ids=str,
 )
 def test_native_resume_is_bit_exact(options: dict[str, Any], tmp_path: Path) -> None:
+    engines.needs(options)
     expected = engines.whole(pool(2).run(uninterrupted, str(tmp_path), options))
     models.same(engines.whole(pool(2).run(resumed, str(tmp_path), options)), expected, options)
     if options["stage"]:
@@ -199,6 +200,8 @@ def test_fsdp_to_zero_to_fsdp(tmp_path: Path) -> None:
 def test_canonical_on_other_ranks(
     worlds: tuple[int, int], options: dict[str, Any], other: dict[str, Any], tmp_path: Path
 ) -> None:
+    engines.needs(options)
+    engines.needs(other)
     before = pool(worlds[0]).run(saved, str(tmp_path), options)
     after = pool(worlds[1]).run(loaded, str(tmp_path), other)
     assert len({d for d, _ in before + after}) == 1

@@ -114,7 +114,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     assert not Harmful.ran
     for file in folder.glob("*optim_states.pt"):
         file.unlink()
-    with pytest.raises(CheckpointError, match="no optimizer states of ZeRO stage 1 or 2"):
+    with pytest.raises(CheckpointError, match="no optimizer states of ZeRO stage 0, 1 or 2"):
         read_native(folder)
 
 
@@ -166,7 +166,8 @@ def adamw_universal(root: str) -> Any:
     engine.optimizer._lazy_init_hp_params_optimizer_state()
     out = {}
     for name, param in engine.module.named_parameters():
-        out[f"{name}/fp32"] = weight(param).numpy().copy()
+        if not engines.OLD:  # whose function gives moments then; test_convert_command reads the partitions
+            out[f"{name}/fp32"] = weight(param).numpy().copy()
         for key in ("exp_avg", "exp_avg_sq"):
             out[f"{name}/{key}"] = moment(param, key).numpy().copy()
     return out, engine.global_steps
@@ -182,7 +183,8 @@ def test_native_to_universal(tmp_path: Path) -> None:
     training = read_native(tmp_path / "native" / "here")
     expected = {}
     for name, param in training.model.named_parameters():
-        expected[f"{name}/fp32"] = param.detach().numpy()
+        if not engines.OLD:
+            expected[f"{name}/fp32"] = param.detach().numpy()
         for key in ("exp_avg", "exp_avg_sq"):
             expected[f"{name}/{key}"] = training.optimizer.moment(param, key).numpy()
     for found, steps in pool(3).run(adamw_universal, str(tmp_path / "universal")):
@@ -199,23 +201,23 @@ def saved_by_us(root: str) -> None:
         engine.save_checkpoint(root, tag="here")
 
 
-@pytest.mark.slow
-def test_universal_to_canonical(tmp_path: Path) -> None:
-    """A universal checkpoint of AdamW, made by DeepSpeed's own program, quantized once."""
-    from shard4bit.deepspeed.convert import read_universal
-
-    pool(2).run(adamw_native, str(tmp_path / "native"))
-    folders = [
-        "--input_folder",
-        str(tmp_path / "native" / "here"),
-        "--output_folder",
-        str(tmp_path / "there"),
-    ]
+def universal(root: Path) -> None:
+    """AdamW's run of two ranks, and DeepSpeed's own program on its files."""
+    pool(2).run(adamw_native, str(root / "native"))
+    folders = ["--input_folder", str(root / "native" / "here"), "--output_folder", str(root / "there")]
     workers = ["--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, *workers]
     env = {**os.environ, "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_universal_to_canonical(tmp_path: Path) -> None:
+    """A universal checkpoint of AdamW, made by DeepSpeed's own program, quantized once."""
+    from shard4bit.deepspeed.convert import read_universal
+
+    universal(tmp_path)
     training = read_universal(tmp_path / "there", second_moment="block")
     assert training.step == STEPS
     model: Any = Known()
@@ -227,7 +229,8 @@ def test_universal_to_canonical(tmp_path: Path) -> None:
     assert (group["lr"], group["weight_decay"]) == (ADAMW["lr"], ADAMW["weight_decay"])
     named = dict(training.model.named_parameters())
     for name, param in model.named_parameters():
-        assert torch.equal(named[name], param), name
+        alike = torch.allclose if engines.OLD else torch.equal  # 0.16.9 takes an Adam of its own
+        assert alike(named[name], param), name
         state = training.optimizer.state[named[name]]
         assert float(state["step"]) == STEPS
         for key in ("exp_avg", "exp_avg_sq"):

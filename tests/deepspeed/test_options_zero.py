@@ -67,6 +67,7 @@ def scheduled_object() -> Any:
 
 
 def test_a_scheduler_of_torch_around_an_object() -> None:
+    engines.needs({"stage": 0, "precision": "bf16"})
     assert pool(2).run(scheduled_object) == [(0.0, 2.0, ADAMW["lr"] / 4)] * 2
 
 
@@ -182,6 +183,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize("what, more, instead", REFUSED, ids=[r[0] for r in REFUSED])
 def test_refused_at_initialize(what: str, more: dict[str, Any], instead: str) -> None:
+    if engines.OLD and what in ("torch_autocast", "ZenFlow"):
+        pytest.skip("this DeepSpeed does not have it")
     for outcome in pool(2).outcomes(refused, more):
         assert outcome[0] == "error", what
         assert isinstance(outcome[1], LayoutError), outcome[1:]
