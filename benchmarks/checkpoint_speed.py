@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,16 @@ import shard4bit
 from benchmarks.shapes import llama
 
 WORLD = 2
+WAYS = ("ours", "copied", "floor", "dcp", "torch_save")
 
 
 class Shapes(nn.Module):
     """Parameters without a forward."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        for i, shape in enumerate(llama(layers=layers, width=1024, kv=256, mlp=2816, vocab=32000)):
+        shapes = llama(layers=20, width=width, kv=width // 4, mlp=11 * width // 4, vocab=32000)
+        for i, shape in enumerate(shapes):
             self.register_parameter(f"p{i}", nn.Parameter(torch.empty(shape).normal_(0, 0.02)))
 
 
@@ -57,6 +60,13 @@ def filled(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def forget(path: Path) -> None:
+    """Drop what the system has cached of a file that is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(handle)
+
+
 @dataclass
 class Way:
     name: str
@@ -67,9 +77,9 @@ class Way:
 class Bench:
     """On one rank."""
 
-    def __init__(self, root: Path, layers: int, repeat: int) -> None:
-        self.root, self.repeat = root, repeat
-        model = Shapes(layers)
+    def __init__(self, root: Path, width: int, repeat: int, cold: bool = False) -> None:
+        self.root, self.repeat, self.cold = root, repeat, cold
+        model = Shapes(width)
         fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
         self.model: Any = model
         self.optimizer = shard4bit.fsdp.wrap(model, shard4bit.AdamW4bit, lr=1e-3)
@@ -80,8 +90,12 @@ class Bench:
                     filled(tensor)
         self.numel = sum(p.numel() for p in model.parameters())
         self.params = dict(model.named_parameters())
+
+    @cached_property
+    def moments(self) -> dict[str, torch.Tensor]:
+        """AdamW's."""
         names = [(n, m) for n in self.params for m in ("exp_avg", "exp_avg_sq")]
-        self.moments = {f"{n}.{m}": filled(torch.empty_like(self.params[n].detach())) for n, m in names}
+        return {f"{n}.{m}": filled(torch.empty_like(self.params[n].detach())) for n, m in names}
 
     def timed(self, work: Callable[[], Any]) -> float:
         dist.barrier()
@@ -98,6 +112,10 @@ class Bench:
             os.sync()
         saving = self.timed(lambda: way.save(place))
         size = sum(p.stat().st_size for p in place.rglob("*") if p.is_file())
+        if self.cold:
+            for path in place.rglob("*"):
+                if path.is_file():
+                    forget(path)
         loading = self.timed(lambda: way.load(place))
         if dist.get_rank() == 0:
             shutil.rmtree(place)
@@ -181,25 +199,26 @@ class Bench:
         return Way("the same bytes, written and read", save, load)
 
 
-def rank_main(rank: int, port: int, root: str, layers: int, repeat: int) -> None:
+def rank_main(rank: int, port: int, root: str, width: int, repeat: int, cold: bool, ways: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
-    bench = Bench(Path(root), layers, repeat)
-    for parameters in (False, True):
+    bench = Bench(Path(root), width, repeat, cold)
+    for parameters in (False, True) if width == 1024 else (False,):
         if rank == 0:
             what = "moments and parameters" if parameters else "moments alone"
             print(f"\n{what} of {bench.numel / 1e9:.2f} B parameters, {WORLD} ranks:\n")
             print("| | bytes | save | load | both |\n|---|---|---|---|---|")
-        kinds = (bench.ours, bench.copied, bench.floor, bench.dcp, bench.torch_save)
-        bench.table([kind(parameters) for kind in kinds])
+        bench.table([getattr(bench, way)(parameters) for way in ways])
     dist.barrier()
     os._exit(0)  # gloo sometimes aborts in an ordinary exit
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--width", type=int, default=1024, help="of the model (1024: 0.29 B parameters)")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before loads")
+    parser.add_argument("--ways", default=",".join(WAYS), help="which of these, and in which order")
     parser.add_argument("--root", default=None, help="where to write (default: the temporary directory)")
     args = parser.parse_args()
     with socket.socket() as s:
@@ -207,7 +226,8 @@ def main() -> None:
         port = s.getsockname()[1]
     print(f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory(dir=args.root) as root:
-        mp.spawn(rank_main, (port, root, args.layers, args.repeat), nprocs=WORLD)
+        settings = (port, root, args.width, args.repeat, args.cold, args.ways.split(","))
+        mp.spawn(rank_main, settings, nprocs=WORLD)
 
 
 if __name__ == "__main__":

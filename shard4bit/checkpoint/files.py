@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +25,7 @@ from shard4bit.checkpoint.pieces import DTYPES, Piece, Rect
 from shard4bit.errors import CheckpointError
 
 CHUNK_BYTES = header.CHUNK_BYTES
+FLUSH_BYTES = 16 << 20
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -40,7 +42,7 @@ def write_file(path: Path, pieces: Sequence[Piece]) -> tuple[int, str]:
     """
     parts = [(p.key, p.rect, p.dtype) for p in pieces]
     sums: list[str] = []
-    with open(path, "xb", buffering=0) as out:
+    with open(path, "xb", buffering=0) as out, _Flusher(out.fileno()) as flusher:
         head = header.build(parts)
         _write(out, head)
         for piece in pieces:
@@ -49,12 +51,41 @@ def write_file(path: Path, pieces: Sequence[Piece]) -> tuple[int, str]:
                 chunk = _bytes(piece.data[start : start + step])
                 sums.append(xxhash.xxh3_64_hexdigest(chunk))
                 _write(out, chunk)
+                flusher.wrote(len(chunk))
+        flusher.check()
         size = out.tell()
         out.seek(0)
         head = header.with_sums(head, sums)
         _write(out, head)
         os.fsync(out.fileno())
     return size, xxhash.xxh3_64_hexdigest(head)
+
+
+class _Flusher:
+    """Brings a file to disk while it is being written, so that little is left for the last fsync."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle, self.pending = handle, 0  # bytes written since the last flush began
+        self.thread = ThreadPoolExecutor(1)
+        self.running: Future[None] | None = None
+
+    def wrote(self, size: int) -> None:
+        """Flush if much has come and the last flush is over. Raises OSError if that failed."""
+        self.pending += size
+        if self.pending >= FLUSH_BYTES and (self.running is None or self.running.done()):
+            self.check()
+            self.pending, self.running = 0, self.thread.submit(os.fdatasync, self.handle)
+
+    def check(self) -> None:
+        """Wait for the last flush. Its error must be raised here: the system tells each only once."""
+        if self.running is not None:
+            self.running.result()
+
+    def __enter__(self) -> _Flusher:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.thread.shutdown()
 
 
 def _write(out: Any, data: bytes | memoryview) -> None:

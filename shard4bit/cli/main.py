@@ -15,7 +15,7 @@ COMMANDS = {
     "inspect": "what a checkpoint holds",
     "verify": "check every byte of a checkpoint",
     "memory": "bytes per rank of a training, and the largest model that fits a card",
-    "convert": "between canonical checkpoints, AdamW state files, safetensors and DCP directories",
+    "convert": "between canonical checkpoints, AdamW state files, safetensors, DCP and DeepSpeed directories",
     "plot": "histograms of moments as they are and as their codes hold them",
 }
 OK, FAULT, USAGE = 0, 1, 2

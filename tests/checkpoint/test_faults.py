@@ -8,16 +8,19 @@ import resource
 import shutil
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import shard4bit
 import tests
-from shard4bit.checkpoint import store
+from shard4bit.checkpoint import files, store
+from shard4bit.checkpoint.pieces import Piece, Rect
 from shard4bit.checkpoint.verify import verify
 from shard4bit.errors import CheckpointError
 from tests.checkpoint import killed
@@ -51,6 +54,58 @@ def test_killed_in_mid_save(tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 def test_killed_at_250_random_moments(tmp_path: Path) -> None:
     crash(tmp_path / "root", 250, seed=2)
+
+
+# ---- a disk that fails behind the page cache ----------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [1, 2, 3])
+def test_an_error_that_an_early_flush_met(tmp_path: Path, bad: int) -> None:
+    """The system tells it once, so the last fsync would not know."""
+    count, piece = 0, Piece("a", (10, 1 << 20), Rect(0, 10, 0, 1 << 20), torch.zeros(10, 1 << 20))
+
+    def flush(handle: int) -> None:
+        nonlocal count
+        count += 1
+        if count == bad:
+            raise OSError(5, "Input/output error")
+
+    with (
+        mock.patch.object(os, "fdatasync", flush),
+        mock.patch.object(files, "FLUSH_BYTES", 4 << 20),
+        mock.patch.object(files, "ThreadPoolExecutor", AtOnce),
+        pytest.raises(OSError, match="Input/output"),
+    ):
+        files.write_file(tmp_path / "file", [piece])
+    assert count == bad
+
+
+class AtOnce:
+    """A pool whose calls are over when ``submit`` returns."""
+
+    def __init__(self, threads: int) -> None: ...
+
+    def submit(self, function: Any, *args: Any) -> Future[Any]:
+        out: Future[Any] = Future()
+        try:
+            out.set_result(function(*args))
+        except OSError as error:
+            out.set_exception(error)
+        return out
+
+    def shutdown(self) -> None: ...
+
+
+def test_flushes_in_a_thread(tmp_path: Path) -> None:
+    """For real; the file is that of one flush at the end."""
+    data = torch.arange(30 << 20, dtype=torch.int32).view(30, -1)
+    piece = Piece("a", (30, 1 << 20), Rect(0, 30, 0, 1 << 20), data)
+    with mock.patch.object(os, "fdatasync", wraps=os.fdatasync) as flush:
+        files.write_file(tmp_path / "one", [piece])
+    assert 1 <= flush.call_count <= 7
+    with mock.patch.object(files, "FLUSH_BYTES", 1 << 40):
+        files.write_file(tmp_path / "two", [piece])
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
 # ---- places that fail --------------------------------------------------------------------------

@@ -94,6 +94,10 @@ def check_command(words: list[str], where: str) -> None:
         while rest and rest[0].startswith("--"):
             rest = rest[1 if rest[0] == "--standalone" or "=" in rest[0] else 2 :]
         check_python(rest, where)
+    elif program in ("bash", "sbatch"):
+        while rest[0].startswith("--"):
+            rest = rest[2:]
+        assert (ROOT / rest[0]).is_file(), f"{where}: no file {rest[0]}"
     elif program == "pip":
         assert rest[:1] == ["install"] and rest[-1] == ".", f"{where}: {words}"
         assert (ROOT / "setup.py").is_file()
