@@ -2,7 +2,7 @@
 
 "fp32" is torch's AdamW, the 32-bit baseline. "8bit", "rank1", "block", "factored" and the second moments
 of shard4bit.spec ("B2048/DE-0") are AdamW4bit with a B128/DE first moment. "+emb32" after a name keeps
-the moments of embeddings in fp32 (the paper's "stable embedding").
+the moments of embeddings in fp32 (the paper's "stable embedding"). The names of candidates.py are arms too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import shard4bit
+from benchmarks.accuracy.candidates import CANDIDATES, CandidateAdamW
 from shard4bit.spec import ADAMW_8BIT
 
 BASELINE = "fp32"
@@ -64,5 +65,7 @@ def make_optimizer(arm: str, model: nn.Module, **common: Any) -> torch.optim.Opt
             raise ValueError(f"arm {arm!r}: {BASELINE} keeps every moment in fp32 already")
         on_gpu = next(model.parameters()).is_cuda
         return torch.optim.AdamW(made, fused=on_gpu or None, **common)
+    if base in CANDIDATES:
+        return CandidateAdamW(made, *CANDIDATES[base], seed=torch.initial_seed(), **common)
     options = OPTIONS.get(base, {"second_moment": base})
     return shard4bit.AdamW4bit(made, **common, **options)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.accuracy.arms import ABLATION, MAIN
+from benchmarks.accuracy.arms import ABLATION, BASELINE, MAIN
+from benchmarks.accuracy.candidates import CANDIDATES
 from benchmarks.accuracy.models import Shape
 from benchmarks.accuracy.tasks import Images, Language, Sentences, Translation
 from benchmarks.accuracy.tokens import fingerprint
@@ -171,3 +172,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         seconds=20,
     ),
 }
+EXPERIMENTS["candidates"] = replace(
+    EXPERIMENTS["gap"], title="7. The gap: candidates to close it", arms=(BASELINE, *CANDIDATES), seeds=6
+)

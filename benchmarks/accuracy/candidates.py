@@ -1,0 +1,195 @@
+"""Candidates for closing the gap (experiment 7): AdamW whose moments are rounded after every step to what a
+quantizer could hold in 4 bits. The values are kept in fp32, so that a quantizer is a few lines; it saves no memory
+and is not for use. "paper" gives the same bits as AdamW4bit's default (tests/accuracy).
+
+A quantizer divides a matrix by scales, moves each quotient to a neighbouring entry of a table of 16, and
+multiplies again. What stays the same for all: which tensors are quantized, and the update itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shard4bit.layout import matrix_view
+from shard4bit.maths.mapping import table
+from shard4bit.maths.normalize import inverse, settle
+from shard4bit.maths.update import ADAMW
+from shard4bit.spec import is_quantized
+
+BLOCK = 128
+_NF = (0.0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0)  # normal quantiles, as QLoRA's NF4
+_NF_BELOW = (0.0911, 0.1848, 0.2844, 0.3949, 0.5251, 0.6962, 1.0)
+#: name -> the entries, rising
+TABLES: dict[str, tuple[float, ...]] = {
+    "de": table("de", 4, True),
+    "linear": table("linear", 4, False),
+    "sqrt": tuple((k / 16) ** 2 for k in range(1, 17)),  # linear in the root of v
+    "log": tuple(10 ** (-3 * (15 - k) / 15) for k in range(16)),  # three decades
+    "normal": (*(-x for x in reversed(_NF_BELOW)), *_NF),
+}
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """table: one of TABLES. scale: "block", "rank1" or "both" (the smaller of the two). rounding: "nearest";
+    "stochastic", up with the probability that makes the mean exact; "dither", nearest after adding half a
+    step times a uniform number in (-1, 1)."""
+
+    table: str
+    scale: str
+    rounding: str = "nearest"
+
+    def __call__(self, values: Tensor, key: int) -> Tensor:
+        """(rows, columns) float32 as stored and read again. key: of the random numbers."""
+        scale, inverted = _scales(values, self.scale)
+        entries = torch.tensor(TABLES[self.table], dtype=torch.float64).float().to(values.device)
+        return entries[self._codes(values * inverted, entries, key)] * scale
+
+    def _codes(self, x: Tensor, entries: Tensor, key: int) -> Tensor:
+        if self.rounding == "nearest":
+            return _nearest(x, entries)
+        above = torch.searchsorted(entries, x, right=True).clamp_(1, len(entries) - 1)
+        low, high = entries[above - 1], entries[above]
+        part = ((x - low) / (high - low)).clamp_(0, 1)
+        chance = uniform(x.shape, key, x.device)
+        if self.rounding == "dither":
+            return above - 1 + (part + chance - 0.5 > 0.5).long()
+        return above - 1 + (chance < part).long()
+
+
+def _nearest(x: Tensor, entries: Tensor) -> Tensor:
+    mids = ((entries[1:].double() + entries[:-1].double()) / 2).float()
+    return torch.bucketize(torch.where(x.isnan(), -torch.inf, x), mids)
+
+
+def _scales(values: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Scales of every element, and their reciprocals (each rounded once)."""
+    size = values.abs()
+    found: list[Tensor] = []
+    if kind in ("block", "both"):
+        blocks = torch.nn.functional.pad(size, (0, -size.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+        found.append(settle(blocks.amax(2)).repeat_interleave(BLOCK, 1)[:, : size.shape[1]])
+    if kind in ("rank1", "both"):
+        found += [settle(size.amax(1))[:, None], settle(size.amax(0))[None, :]]
+    scale, inverted = found[0], inverse(found[0])
+    for other in found[1:]:
+        scale, inverted = torch.minimum(scale, other), torch.maximum(inverted, inverse(other))
+    return scale.expand(values.shape), inverted.expand(values.shape)
+
+
+def uniform(shape: Iterable[int], key: int, device: torch.device) -> Tensor:
+    """Numbers in [0, 1) of 24 bits by coordinate: a function of the key and the place alone."""
+    rows, cols = shape
+    x = torch.arange(rows * cols, device=device, dtype=torch.int64).view(rows, cols)
+    x = x * -7046029254386353131 + _signed(key * 0xBF58476D1CE4E5B9)  # splitmix64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ _shifted(x, shift)) * _signed(factor)
+    return (_shifted(x ^ _shifted(x, 31), 40)).float() * 2.0**-24
+
+
+def _shifted(x: Tensor, count: int) -> Tensor:
+    """Right, without the sign."""
+    return (x >> count) & ((1 << (64 - count)) - 1)
+
+
+def _signed(number: int) -> int:
+    """Of 64 bits, as int64 has it."""
+    number &= (1 << 64) - 1
+    return number - (1 << 64) if number >> 63 else number
+
+
+PAPER = (Quantizer("de", "block"), Quantizer("linear", "rank1"))
+#: name -> quantizers of both moments
+CANDIDATES: dict[str, tuple[Quantizer, Quantizer]] = {
+    "paper": PAPER,
+    "stochastic m": (Quantizer("de", "block", "stochastic"), PAPER[1]),
+    "stochastic v": (PAPER[0], Quantizer("linear", "rank1", "stochastic")),
+    "stochastic both": (Quantizer("de", "block", "stochastic"), Quantizer("linear", "rank1", "stochastic")),
+    "dither both": (Quantizer("de", "block", "dither"), Quantizer("linear", "rank1", "dither")),
+    "sqrt v": (PAPER[0], Quantizer("sqrt", "rank1")),
+    "log v": (PAPER[0], Quantizer("log", "rank1")),
+    "sqrt v, stochastic": (Quantizer("de", "block", "stochastic"), Quantizer("sqrt", "rank1", "stochastic")),
+    "log v, stochastic": (Quantizer("de", "block", "stochastic"), Quantizer("log", "rank1", "stochastic")),
+    "v by both scales": (PAPER[0], Quantizer("linear", "both")),
+    "v by both, stochastic": (
+        Quantizer("de", "block", "stochastic"),
+        Quantizer("linear", "both", "stochastic"),
+    ),
+    "normal m": (Quantizer("normal", "block"), PAPER[1]),
+    "m by both scales": (Quantizer("de", "both"), PAPER[1]),
+    "m exact": (Quantizer("exact", ""), PAPER[1]),
+    "v exact": (PAPER[0], Quantizer("exact", "")),
+}
+
+
+class CandidateAdamW(torch.optim.Optimizer):
+    """AdamW with the two quantizers. ``seed`` and the parameter's number key the random numbers."""
+
+    def __init__(
+        self, params: Any, first: Quantizer, second: Quantizer, seed: int = 0, **options: Any
+    ) -> None:
+        self.quantizers, self.seed = (first, second), seed
+        super().__init__(params, {"weight_decay": 0.0, "quantize": True, **options})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        assert closure is None
+        number = 0
+        for group in self.param_groups:
+            for param in group["params"]:
+                number += 1
+                if param.grad is not None:
+                    self._update(param, group, number)
+
+    def _update(self, param: Tensor, group: dict[str, Any], number: int) -> None:
+        state = self.state[param]
+        if not state:
+            zeros = [torch.zeros_like(param, dtype=torch.float32) for _ in ADAMW.moments]
+            state.update(step=0, **dict(zip(ADAMW.moments, zeros, strict=True)))
+        state["step"] += 1
+        scalars = ADAMW.scalars(group, state["step"])
+        grad, value = param.grad.float(), param.float()  # type: ignore[union-attr]
+        news = [ADAMW.advance(i, state[name], grad, value, scalars) for i, name in enumerate(ADAMW.moments)]
+        param.copy_(ADAMW.apply(value, grad, news, scalars))
+        if group["quantize"] and is_quantized(tuple(param.shape)):
+            view = matrix_view(tuple(param.shape))
+            for i, (new, quantizer) in enumerate(zip(news, self.quantizers, strict=True)):
+                if quantizer.table != "exact":
+                    key = ((self.seed * 2 + i) << 44) ^ (number << 28) ^ state["step"]
+                    matrix = new.view(view.rows, view.cols)
+                    matrix.copy_(quantizer(matrix, key))
+
+
+def errors(optimizer: CandidateAdamW) -> list[dict[str, Any]]:
+    """Of every quantized parameter with a gradient, what the next step's rounding would do: relative error of
+    each moment, share of entries that would not move, share at the ends of the table. Changes nothing."""
+    out = []
+    for group in optimizer.param_groups:
+        scalars_of: dict[int, Any] = {}
+        for number, param in enumerate(group["params"]):
+            state = optimizer.state.get(param)
+            if not state or param.grad is None or not is_quantized(tuple(param.shape)):
+                continue
+            scalars = scalars_of.setdefault(state["step"], ADAMW.scalars(group, state["step"] + 1))
+            row: dict[str, Any] = {"parameter": number, "step": state["step"], "shape": tuple(param.shape)}
+            for i, (name, quantizer) in enumerate(zip(ADAMW.moments, optimizer.quantizers, strict=True)):
+                if quantizer.table == "exact":
+                    continue
+                view = matrix_view(tuple(param.shape))
+                old = state[name].view(view.rows, view.cols)
+                grad = param.grad.float().view(old.shape)
+                exact = ADAMW.advance(i, old.clone(), grad, grad, scalars)
+                kept = quantizer(exact, state["step"])
+                top = kept.abs() >= _scales(exact, quantizer.scale)[0]
+                row |= {
+                    f"{name} error": float((kept - exact).norm() / exact.norm().clamp(min=1e-30)),
+                    f"{name} stale": float(((kept == old) & (exact != old)).float().mean()),
+                    f"{name} at top": float(top.float().mean()),
+                }
+            out.append(row)
+    return out

@@ -1,0 +1,95 @@
+"""benchmarks/accuracy/candidates: its baseline against the library, and the rounding by its definition."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from benchmarks.accuracy.candidates import (
+    CANDIDATES,
+    TABLES,
+    CandidateAdamW,
+    Quantizer,
+    _scales,
+    errors,
+    uniform,
+)
+from shard4bit import AdamW4bit
+
+OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+CPU = torch.device("cpu")
+
+
+def made(count: int = 3) -> list[torch.nn.Parameter]:
+    torch.manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(70 + i, 300)) for i in range(count)] + [
+        torch.nn.Parameter(torch.randn(50))
+    ]
+
+
+def test_the_paper_is_the_library_bit_for_bit() -> None:
+    ours, theirs = made(), made()
+    library = AdamW4bit(ours, **OPTIONS)
+    candidate = CandidateAdamW(theirs, *CANDIDATES["paper"], **OPTIONS)
+    for step in range(6):
+        torch.manual_seed(step)
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p) * torch.rand(p.shape[-1])
+            q.grad = p.grad.clone()
+        library.step()
+        candidate.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(p, q)
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(library.moment(p, name), candidate.state[q][name])
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_rise_to_one_in_sixteen_entries(name: str) -> None:
+    entries = TABLES[name]
+    assert len(entries) == 16 and list(entries) == sorted(set(entries)) and entries[-1] == 1.0
+
+
+@pytest.mark.parametrize("scale", ["block", "rank1", "both"])
+@pytest.mark.parametrize("table", TABLES)
+def test_stochastic_rounding_is_right_on_average(table: str, scale: str) -> None:
+    """And each value goes to one of its two neighbours. (Below its smallest entry a table cannot be right.)"""
+    torch.manual_seed(1)
+    values = torch.randn(4, 200) if min(TABLES[table]) < 0 else torch.rand(4, 200)
+    quantizer, draws = Quantizer(table, scale, "stochastic"), 300
+    rounds = torch.stack([quantizer(values, key) for key in range(draws)]).double()
+    size = _scales(values, scale)[0].double()
+    inside = values >= TABLES[table][0] * size
+    error = ((rounds.mean(0) - values) / size)[inside]
+    widest = max(b - a for a, b in pairwise(TABLES[table]))
+    assert inside.double().mean() > 0.8 and error.abs().max() < 5 * widest / 2 / draws**0.5
+    assert all(len(rounds[:, i, j].unique()) <= 2 for i in range(4) for j in range(0, 200, 17))
+
+
+def test_random_numbers_are_by_place_and_uniform() -> None:
+    one, other = uniform((64, 1000), 5, CPU), uniform((64, 1000), 6, CPU)
+    assert torch.equal(one, uniform((64, 1000), 5, CPU)) and not torch.equal(one, other)
+    assert torch.equal(uniform((3, 1000), 5, CPU), one[:3])
+    assert one.min() >= 0 and one.max() < 1
+    for numbers in (one, other, (one - other) % 1):
+        counts = torch.histc(numbers, 50, 0, 1)
+        expected = numbers.numel() / 50
+        assert ((counts - expected) ** 2 / expected).sum() < 90  # chi-square, 49 degrees: p = 0.0003
+    assert abs(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]) < 0.02
+
+
+def test_errors_change_nothing() -> None:
+    params = made()
+    optimizer = CandidateAdamW(params, *CANDIDATES["stochastic both"], **OPTIONS)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    before = {p: {k: torch.as_tensor(v).clone() for k, v in optimizer.state[p].items()} for p in params}
+    rows = errors(optimizer)
+    assert len(rows) == 3 and all(0 < row["exp_avg error"] < 0.5 for row in rows)
+    assert all(0 <= row["exp_avg_sq stale"] <= 1 for row in rows)
+    for p in params:
+        assert all(torch.equal(before[p][k], torch.as_tensor(v)) for k, v in optimizer.state[p].items())
