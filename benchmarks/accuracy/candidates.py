@@ -1,6 +1,6 @@
 """Candidates for closing the gap (experiment 7): AdamW whose moments are rounded after every step to what a
-quantizer could hold in 4 bits. The values are kept in fp32, so that a quantizer is a few lines; it saves no memory
-and is not for use. "paper" gives the same bits as AdamW4bit's default (tests/accuracy).
+quantizer could hold in 4 bits. The values are kept in fp32, so that a quantizer is a few lines; it saves no
+memory and is not for use. "paper" gives the same bits as AdamW4bit's default (tests/accuracy).
 
 A quantizer divides a matrix by scales, moves each quotient to a neighbouring entry of a table of 16, and
 multiplies again. What stays the same for all: which tensors are quantized, and the update itself.
@@ -104,20 +104,21 @@ def _signed(number: int) -> int:
 
 
 PAPER = (Quantizer("de", "block"), Quantizer("linear", "rank1"))
+RANDOM_M = Quantizer("de", "block", "stochastic")
 #: name -> quantizers of both moments
 CANDIDATES: dict[str, tuple[Quantizer, Quantizer]] = {
     "paper": PAPER,
-    "stochastic m": (Quantizer("de", "block", "stochastic"), PAPER[1]),
+    "stochastic m": (RANDOM_M, PAPER[1]),
     "stochastic v": (PAPER[0], Quantizer("linear", "rank1", "stochastic")),
-    "stochastic both": (Quantizer("de", "block", "stochastic"), Quantizer("linear", "rank1", "stochastic")),
+    "stochastic both": (RANDOM_M, Quantizer("linear", "rank1", "stochastic")),
     "dither both": (Quantizer("de", "block", "dither"), Quantizer("linear", "rank1", "dither")),
     "sqrt v": (PAPER[0], Quantizer("sqrt", "rank1")),
     "log v": (PAPER[0], Quantizer("log", "rank1")),
-    "sqrt v, stochastic": (Quantizer("de", "block", "stochastic"), Quantizer("sqrt", "rank1", "stochastic")),
-    "log v, stochastic": (Quantizer("de", "block", "stochastic"), Quantizer("log", "rank1", "stochastic")),
+    "sqrt v, stochastic": (RANDOM_M, Quantizer("sqrt", "rank1", "stochastic")),
+    "log v, stochastic": (RANDOM_M, Quantizer("log", "rank1", "stochastic")),
     "v by both scales": (PAPER[0], Quantizer("linear", "both")),
     "v by both, stochastic": (
-        Quantizer("de", "block", "stochastic"),
+        RANDOM_M,
         Quantizer("linear", "both", "stochastic"),
     ),
     "normal m": (Quantizer("normal", "block"), PAPER[1]),
