@@ -1,8 +1,9 @@
-"""Experiment 6: one training under one process, FSDP2 and ZeRO-2: python -m benchmarks.accuracy.sharded
+"""Experiment 6: one training by one process, FSDP2 and ZeRO-2: python -m benchmarks.accuracy.sharded
 
-Runs launch.train with the same seed and data by each engine, with torch's AdamW and with AdamW4bit, and prints how
-far the loss curves of each are apart from the single process's. AdamW's distance is what the order of sums alone
-does; 4-bit states should add nothing to it. A run that has left its JSON in --out is not run again.
+Runs launch.train with the same seed and data by each engine, with torch's AdamW and with AdamW4bit, and prints
+how far the loss curves are from the single process's. AdamW's distance is what the order of sums alone does.
+(4-bit states are equal for equal gradients; where gradients differ in their last bits a code may flip.) A run
+that has left its JSON in --out is not run again.
 """
 
 from __future__ import annotations
@@ -57,9 +58,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/accuracy/sharded"))
     options, rest = parser.parse_known_args()  # the rest goes to launch.train: --preset gpt2-small ...
     options.out.mkdir(parents=True, exist_ok=True)
-    print(
-        "| optimizer | engine | final loss | largest distance | over the last tenth |\n|---|---|---:|---:|---:|"
-    )
+    print("| optimizer | engine | final loss | largest distance | over the last tenth |")
+    print("|---|---|---:|---:|---:|", flush=True)
     for optimizer in OPTIMIZERS:
         curves = {engine: train(engine, optimizer, options, rest) for engine in ENGINES}
         for engine, losses in curves.items():
