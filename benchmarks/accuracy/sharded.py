@@ -1,6 +1,6 @@
 """Experiment 6: one training by one process, FSDP2 and ZeRO-2: python -m benchmarks.accuracy.sharded
 
-Runs launch.train with the same seed and data by each engine, with torch's AdamW and with AdamW4bit, and prints
+Runs launch.train with the same seed and data by each engine, with AdamW of torch and AdamW4bit, and prints
 how far the loss curves are from the single process's. AdamW's distance is what the order of sums alone does.
 (4-bit states are equal for equal gradients; where gradients differ in their last bits a code may flip.) A run
 that has left its JSON in --out is not run again.
