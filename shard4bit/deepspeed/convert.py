@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from shard4bit.deepspeed import files, saved
 from shard4bit.deepspeed.saved import Param, Saved
+from shard4bit.errors import CheckpointError
 from shard4bit.optim.base import QuantizedOptimizer
 from shard4bit.optim.exchange import import_state
 from shard4bit.reference import ReferenceBackend
@@ -134,6 +135,8 @@ def _write_universal(found: Saved, folder: Path, each: Callable[[list[Param]], I
     zero = folder / "zero"
     zero.mkdir(parents=True)
     for param in each(found.params()):
+        if Path(param.name).name != param.name or param.name == "..":
+            raise CheckpointError(f"{param.name!r} is no name of a parameter: the source is not DeepSpeed's")
         place = zero / param.name
         place.mkdir()
         torch.save({"param": param.value().detach().float().clone()}, place / "fp32.pt")

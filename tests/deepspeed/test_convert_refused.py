@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -115,3 +116,19 @@ def test_a_damaged_file_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFix
         status, line = said(capsys, "convert", tmp_path / "native", tmp_path / "out", "--to", form)
         assert status == 1 and f"{file} cannot be read" in line, line
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["../outside", "/outside", ".."])
+def test_names_that_lead_elsewhere(tmp_path: Path, name: str) -> None:
+    """In a native checkpoint that somebody else made; nothing is written, inside or outside."""
+    from shard4bit.deepspeed import convert
+    from shard4bit.deepspeed.saved import Param, Saved
+    from shard4bit.errors import CheckpointError
+    from shard4bit.optim.adamw import AdamW4bit
+
+    values = torch.zeros(2, 2)
+    param = Param(name, (2, 2), torch.float32, 1, {}, lambda: values, lambda key: pytest.fail(key))
+    found = Saved(AdamW4bit, [({}, [param])], [], 1, shared={"param_groups": []})
+    with mock.patch.object(convert.saved, "native", return_value=found), pytest.raises(CheckpointError):
+        convert.write_universal(tmp_path, tmp_path / "in" / "target")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "in"]
