@@ -42,9 +42,9 @@ WAYS = ("ours", "copied", "floor", "dcp", "torch_save")
 class Shapes(nn.Module):
     """Parameters without a forward."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, layers: int, width: int) -> None:
         super().__init__()
-        shapes = llama(layers=20, width=width, kv=width // 4, mlp=11 * width // 4, vocab=32000)
+        shapes = llama(layers=layers, width=width, kv=width // 4, mlp=11 * width // 4, vocab=32000)
         for i, shape in enumerate(shapes):
             self.register_parameter(f"p{i}", nn.Parameter(torch.empty(shape).normal_(0, 0.02)))
 
@@ -77,9 +77,9 @@ class Way:
 class Bench:
     """On one rank."""
 
-    def __init__(self, root: Path, width: int, repeat: int, cold: bool = False) -> None:
+    def __init__(self, root: Path, layers: int, width: int, repeat: int, cold: bool) -> None:
         self.root, self.repeat, self.cold = root, repeat, cold
-        model = Shapes(width)
+        model = Shapes(layers, width)
         fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
         self.model: Any = model
         self.optimizer = shard4bit.fsdp.wrap(model, shard4bit.AdamW4bit, lr=1e-3)
@@ -199,10 +199,12 @@ class Bench:
         return Way("the same bytes, written and read", save, load)
 
 
-def rank_main(rank: int, port: int, root: str, width: int, repeat: int, cold: bool, ways: list[str]) -> None:
+def rank_main(
+    rank: int, port: int, root: str, layers: int, width: int, repeat: int, cold: bool, ways: list[str]
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
-    bench = Bench(Path(root), width, repeat, cold)
+    bench = Bench(Path(root), layers, width, repeat, cold)
     for parameters in (False, True) if width == 1024 else (False,):
         if rank == 0:
             what = "moments and parameters" if parameters else "moments alone"
@@ -215,6 +217,7 @@ def rank_main(rank: int, port: int, root: str, width: int, repeat: int, cold: bo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--width", type=int, default=1024, help="of the model (1024: 0.29 B parameters)")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before loads")
@@ -226,7 +229,7 @@ def main() -> None:
         port = s.getsockname()[1]
     print(f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory(dir=args.root) as root:
-        settings = (port, root, args.width, args.repeat, args.cold, args.ways.split(","))
+        settings = (port, root, args.layers, args.width, args.repeat, args.cold, args.ways.split(","))
         mp.spawn(rank_main, settings, nprocs=WORLD)
 
 
