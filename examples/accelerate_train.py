@@ -3,7 +3,7 @@
 torchrun --standalone --nproc-per-node 2 examples/accelerate_train.py --engine fsdp2
 torchrun --standalone --nproc-per-node 2 examples/accelerate_train.py --engine fsdp2 --resume
 
-The second one starts from step 3 and ends with the digest of the first. `accelerate launch` starts it too.
+The second one starts from step 3 and ends with the digest of the first.
 """
 
 from __future__ import annotations
