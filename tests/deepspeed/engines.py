@@ -25,7 +25,9 @@ from tests.fsdp import models
 from tests.fsdp.models import ADAMW, SGD, SHAPES, Arrays, Zoo
 
 HAVE = importlib.util.find_spec("deepspeed") is not None
-needs_deepspeed = pytest.mark.skipif(not HAVE, reason="DeepSpeed is not installed: see tools/make_env.py")
+needs_deepspeed = pytest.mark.skipif(
+    not HAVE, reason="needs DeepSpeed, which is not installed; 'make env' installs it"
+)
 
 #: precision -> what the configuration says
 PRECISIONS: dict[str, dict[str, Any]] = {
@@ -53,7 +55,7 @@ def has(stage: int, precision: str, **zero: Any) -> bool:
 def needs(options: dict[str, Any]) -> None:
     """Skip a test whose options of ``config`` the installed DeepSpeed does not have (and does not refuse)."""
     if not has(options["stage"], options.get("precision", "fp32"), **options.get("zero", {})):
-        pytest.skip(f"DeepSpeed {version('deepspeed')} has no such configuration")
+        pytest.skip(f"DeepSpeed {version('deepspeed')} lacks this configuration, which 0.19 has")
 
 
 def entry(kind: str, **options: Any) -> dict[str, Any]:
