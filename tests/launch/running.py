@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from launch.folders import step_name
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--device", "cpu", "--context", "16", "--batch", "4", "--warmup", "2"]
+STEPS = 40  # of the runs that launchers start
 TINY = [*SMALL, "--layers", "1", "--heads", "2", "--width", "96"]
 
 
@@ -36,6 +38,16 @@ def call(*command: str, limit: float = 200, **more: str) -> subprocess.Completed
     return subprocess.run(
         command, env=environment(**more), cwd=ROOT, capture_output=True, text=True, timeout=limit
     )
+
+
+def into(folder: Path, every: int = 4) -> list[str]:
+    """The options of a run that saves often, to a folder."""
+    return ["--out", str(folder), "--save-every", str(every), "--results", str(folder / "results.json")]
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The results of a run that was given ``into`` this folder."""
+    return json.loads((folder / "results.json").read_text())
 
 
 class Wish:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -12,23 +11,15 @@ from typing import Any
 import pytest
 
 from tests.deepspeed.engines import needs_deepspeed
-from tests.launch.running import TINY, Started, call, environment, train
+from tests.launch.running import STEPS, Started, call, environment, into, read, train
 from tests.pool import free_port, pool
 
 pytestmark = [
     pytest.mark.timeout(280),
     pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="ranks are found by Linux's /proc"),
 ]
-STEPS = 40
 MPIRUN = shutil.which("mpirun", path=environment()["PATH"])
 needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="no mpirun: see requirements-dev.txt")
-
-
-@pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    text = tmp_path_factory.mktemp("data") / "text.txt"
-    text.write_text("Every rank keeps its shard, and every shard its four bits.\n" * 100)
-    return [*TINY, "--data", str(text), "--steps", str(STEPS)]
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +37,6 @@ def check(results: dict[str, Any], want: dict[str, Any], first: int = 0) -> None
     assert results["losses"] == want["losses"][first:] and results["losses"]
     assert results["digest"] == want["digest"]
     assert results["world_size"] == want["world_size"]
-
-
-def read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "results.json").read_text())
-
-
-def into(folder: Path, every: int = 4) -> list[str]:
-    """The options of a run that saves often, to a folder."""
-    return ["--out", str(folder), "--save-every", str(every), "--results", str(folder / "results.json")]
 
 
 @pytest.mark.parametrize(

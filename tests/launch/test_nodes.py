@@ -4,7 +4,6 @@ What only clusters have (ssh, pdsh, sbatch, scontrol, srun) are small scripts th
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.deepspeed.engines import needs_deepspeed
-from tests.launch.running import ROOT, TINY, Started, environment, train, until
+from tests.launch.running import ROOT, STEPS, Started, environment, into, read, train, until
 from tests.pool import free_port, pool
 
 pytestmark = [
@@ -23,14 +22,6 @@ pytestmark = [
     pytest.mark.timeout(280),
     pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="ranks are found by Linux's /proc"),
 ]
-STEPS = 40
-
-
-@pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    text = tmp_path_factory.mktemp("data") / "text.txt"
-    text.write_text("Every rank keeps its shard, and every shard its four bits.\n" * 100)
-    return [*TINY, "--data", str(text), "--steps", str(STEPS)]
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +29,6 @@ def undisturbed(options: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     """The results on two ranks that nobody touches."""
     out = ["--out", str(tmp_path_factory.mktemp("undisturbed")), "--save-every", "0"]
     return pool(2).run(train, [*options, *out])[0]
-
-
-def into(folder: Path) -> list[str]:
-    """The options of a run that saves often, to a folder."""
-    return ["--out", str(folder), "--save-every", "4", "--results", str(folder / "results.json")]
-
-
-def read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "results.json").read_text())
 
 
 def check(results: dict[str, Any], want: dict[str, Any]) -> int:
