@@ -32,6 +32,7 @@ def _pack_scalars(record: Any, work: Work, *, adamw: bool) -> None:
     scalars, names = work.scalars, _SCALARS["adamw" if adamw else "sgd"]
     record["scalars"][: len(names)] = [scalars[name] for name in names]
     record["maximize"], record["first"] = work.maximize, scalars.get("first", 0.0)
+    record["ahead"] = scalars["ahead"]
     if adamw:
         record["tame"] = _is_tame(scalars)
         if work.maximize:

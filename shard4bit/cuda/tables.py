@@ -32,7 +32,7 @@ HYPER = np.dtype(
         ("maximize", np.int32),
         ("first", np.int32),
         ("tame", np.int32),
-        ("pad", np.int32),
+        ("ahead", np.float32),
     ]
 )
 BIN_SCALE = 63

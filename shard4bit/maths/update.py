@@ -43,7 +43,7 @@ class Rule:
     """An optimizer's mathematics.
 
     moments: names of the moments, in the order of all sequences below.
-    scalars: (param_group, step count after this step) -> the rule's scalars.
+    scalars: (param_group, step count after this step) -> the rule's scalars. "ahead": see :func:`lead`.
     advance: (index, old moment, gradient, parameter, scalars) -> new moment; may overwrite the old one.
         All tensors float32 of one shape.
     apply: (parameter, gradient, new moments, scalars) -> new parameter; may overwrite the parameter only.
@@ -56,18 +56,34 @@ class Rule:
     apply: Callable[[Tensor, Tensor, Sequence[Tensor], Scalars], Tensor]
 
 
+def lead(new: Tensor, kept: Tensor, ahead: float) -> Tensor:
+    """What a compensated step moves the parameter by, in the place of its ``new`` first moment.
+
+    The ``kept`` moment, quantized and read again, is off by e. If nothing else happened, that error would
+    move the parameter too far by ``ahead`` = decay + decay^2 + ... = decay / (1 - decay) times e in later
+    steps (with AdamW's bias correction of this step taken out); this step moves it back by as much.
+    """
+    return new - (kept - new) * ahead
+
+
+def _ahead(group: Mapping[str, Any], decay: float) -> float:
+    return decay / (1.0 - decay) if group.get("compensate") else 0.0
+
+
 def _adamw_scalars(group: Mapping[str, Any], step: int) -> Scalars:
     beta1, beta2 = (float(b) for b in group["betas"])
     lr = float(group["lr"])
+    correction = 1.0 - power(beta1, step)
     return {
         "beta1": beta1,
         "rest1": 1.0 - beta1,
         "beta2": beta2,
         "rest2": 1.0 - beta2,
         "keep": 1.0 - lr * float(group["weight_decay"]),
-        "step_size": lr / (1.0 - power(beta1, step)),
+        "step_size": lr / correction,
         "root": 1.0 / math.sqrt(1.0 - power(beta2, step)),
         "eps": float(group["eps"]),
+        "ahead": _ahead(group, beta1) * correction,
     }
 
 
@@ -95,6 +111,7 @@ def _sgd_scalars(group: Mapping[str, Any], step: int) -> Scalars:
         "first": float(first),
         "weight_decay": float(group["weight_decay"]),
         "nesterov": float(group["nesterov"]),
+        "ahead": _ahead(group, float(group["momentum"])),
     }
 
 

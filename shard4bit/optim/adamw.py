@@ -29,6 +29,8 @@ class AdamW4bit(QuantizedOptimizer):
         first_moment: "B128/DE" (the paper's) or another signed quantizer.
         quantize: False keeps fp32 moments; meant for single parameter groups.
         maximize: ascend instead of descend.
+        compensate: let the step make good what rounding the first moment would do to the parameters in later
+            steps (``maths.update.lead``); not in the paper.
 
     Every option may be given per group. Matrices (two or more dimensions) of more than 4096 elements are
     quantized; all else keeps fp32 moments. Parameters in bf16 or fp16 without fp32 master weights round
@@ -51,6 +53,7 @@ class AdamW4bit(QuantizedOptimizer):
         first_moment: str | MomentSpec = "B128/DE",
         quantize: bool = True,
         maximize: bool = False,
+        compensate: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -61,6 +64,7 @@ class AdamW4bit(QuantizedOptimizer):
             "first_moment": first_moment,
             "quantize": quantize,
             "maximize": maximize,
+            "compensate": compensate,
         }
         self._check_group(defaults)
         super().__init__(params, defaults)
@@ -72,7 +76,7 @@ class AdamW4bit(QuantizedOptimizer):
         validate.number(group, "weight_decay", 0.0, 1e6, open_end=False)
         for option, signed in self._spec_options.values():
             group[option] = str(parse_spec(group[option], signed=signed, argument=option))
-        for option in ("quantize", "maximize"):
+        for option in ("quantize", "maximize", "compensate"):
             validate.boolean(group, option)
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:

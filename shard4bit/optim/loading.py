@@ -13,6 +13,7 @@ from shard4bit.errors import StateError
 from shard4bit.placement import is_dtensor, to_local
 
 SPEC_OPTIONS = ("quantize", "first_moment", "second_moment", "momentum_buffer")
+OWN_OPTIONS = (*SPEC_OPTIONS, "compensate")  # that torch's optimizers do not have
 
 
 def shallow_copy(state_dict: Any) -> dict[str, Any]:
