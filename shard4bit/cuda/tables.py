@@ -35,6 +35,11 @@ HYPER = np.dtype(
         ("pad", np.int32),
     ]
 )
+RECIPE = np.dtype(
+    [(name, np.float64) for name in ("lr", "a", "b", "c", "d")]
+    + [(name, np.uint64) for name in ("lr_at", "count")]
+    + [(name, np.int32) for name in ("wide", "maximize")]
+)
 BIN_SCALE = 63
 
 

@@ -51,6 +51,7 @@ class AdamW4bit(QuantizedOptimizer):
         first_moment: str | MomentSpec = "B128/DE",
         quantize: bool = True,
         maximize: bool = False,
+        capturable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -61,6 +62,7 @@ class AdamW4bit(QuantizedOptimizer):
             "first_moment": first_moment,
             "quantize": quantize,
             "maximize": maximize,
+            "capturable": capturable,
         }
         self._check_group(defaults)
         super().__init__(params, defaults)
@@ -74,6 +76,7 @@ class AdamW4bit(QuantizedOptimizer):
             group[option] = str(parse_spec(group[option], signed=signed, argument=option))
         for option in ("quantize", "maximize"):
             validate.boolean(group, option)
+        validate.capturable(group)
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         return ADAMW

@@ -41,6 +41,7 @@ class SGD4bit(QuantizedOptimizer):
         momentum_buffer: str | MomentSpec = "B128/DE",
         quantize: bool = True,
         maximize: bool = False,
+        capturable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -51,6 +52,7 @@ class SGD4bit(QuantizedOptimizer):
             "momentum_buffer": momentum_buffer,
             "quantize": quantize,
             "maximize": maximize,
+            "capturable": capturable,
         }
         self._check_group(defaults)
         super().__init__(params, defaults)
@@ -62,6 +64,7 @@ class SGD4bit(QuantizedOptimizer):
         validate.number(group, "weight_decay", 0.0, 1e6, open_end=False)
         for option in ("nesterov", "quantize", "maximize"):
             validate.boolean(group, option)
+        validate.capturable(group)
         if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
             raise ValueError(
                 f"nesterov=True with momentum={group['momentum']} and dampening={group['dampening']}: "
