@@ -107,22 +107,22 @@ class BatchBuilder:
         tiles["totals"] = (self.runtime.upload(np.array(totals, dtype=np.int32)), len(totals))
         live = np.zeros(len(self.works), tables.LIVE)
         hypers, recipes = (len(self.works) * t.itemsize for t in (tables.HYPER, tables.RECIPE))
-        found = [work.count for work in self.works if work.count is not None]
-        assert len(found) in (0, len(self.works))
-        live_at = self._bytes(live.nbytes + (recipes if found else hypers))
-        computed = self._bytes(hypers if found else 0)
+        counts = [work.count for work in self.works if work.count is not None]
+        assert len(counts) in (0, len(self.works))
+        live_at = self._bytes(live.nbytes + (recipes if counts else hypers))
+        computed = self._bytes(hypers if counts else 0)
         return Batch(
             config=self.config,
             works=self.works,
             slabs_at=self.runtime.upload(self.slabs),
             live_at=live_at,
             live=live,
-            hypers=computed.data_ptr() if found else live_at.data_ptr() + live.nbytes,
-            counts=np.array([c.data_ptr() for c in found], np.uint64) if found else None,
+            hypers=computed.data_ptr() if counts else live_at.data_ptr() + live.nbytes,
+            counts=np.array([c.data_ptr() for c in counts], np.uint64) if counts else None,
             active=[],
             tiles=tiles,
             zeroed=pools["zeroed"],
-            keep=[*pools.values(), computed, *found],
+            keep=[*pools.values(), computed, *counts],
         )
 
     def _bytes(self, size: int) -> Tensor:

@@ -93,9 +93,7 @@ def _adamw_apply(param: Tensor, grad: Tensor, news: Sequence[Tensor], h: Scalars
     return param.mul_(h["keep"]).sub_((first * h["step_size"]).div_(denominator))
 
 
-ADAMW = Rule(
-    "adamw", ("exp_avg", "exp_avg_sq"), _adamw_options, _adamw_scalars, _adamw_advance, _adamw_apply
-)
+ADAMW = Rule("adamw", ("exp_avg", "exp_avg_sq"), _adamw_options, _adamw_scalars, _adamw_advance, _adamw_apply)
 
 
 def _sgd_options(group: Mapping[str, Any]) -> Options:

@@ -19,7 +19,7 @@ from shard4bit.optim import loading, validate
 from shard4bit.optim.capture import Counts
 from shard4bit.optim.gathering import gathered, ungathered
 from shard4bit.optim.report import Report, report
-from shard4bit.optim.stepping import Bound, StepPlan, capturing
+from shard4bit.optim.stepping import Bound, StepPlan, capturing, keep_compiler_out
 from shard4bit.optim.summary import summary
 from shard4bit.placement import Placed, is_dtensor, place, refuse_stale, to_local
 from shard4bit.spec import Full, MomentSpec, is_quantized, parse_spec
@@ -46,6 +46,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Nothing is bound; states in ``self.state`` will be taken up again."""
+        keep_compiler_out(QuantizedOptimizer)
         self._bound: dict[Tensor, list[Bound]] = {}
         kept = self.__dict__.get("_counts", Counts()).captured
         self._counts = Counts(captured=kept)
@@ -200,8 +201,13 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._plan().run()
+        self._uncompiled_update()
         return loss
+
+    def _update(self) -> None:
+        self._plan().run()
+
+    _uncompiled_update = _update  # until keep_compiler_out
 
     def _plan(self) -> StepPlan:
         """The plan of the parameters now in the groups (ZeRO steps one group at a time)."""

@@ -88,7 +88,7 @@ def rate(lr: Any, device: torch.device, *, capturing: bool) -> float | Tensor:
         return lr
     if capturing or lr.device.type != "cpu":
         raise ValueError(
-            f"lr is a tensor on {lr.device}, which a captured step on {device} cannot read: make it there, "
-            f"torch.tensor({float(lr)}, device={str(device)!r})"
+            f"lr is a tensor on {lr.device}, which a captured step on {device} cannot read: expected one on "
+            f"{device}, such as lr.to({str(device)!r})"
         )
     return float(lr)

@@ -83,6 +83,14 @@ def capturing(device: torch.device) -> bool:
         return False
 
 
+def keep_compiler_out(cls: Any) -> None:
+    """Make a compiled training loop call the optimizer's update as it is, instead of tracing it: with Python's
+    own tables and raw launches it is nothing to trace. (When the first optimizer is made, not on import,
+    because it imports torch._dynamo, for a second; torch's own constructor does so too.)"""
+    if cls._uncompiled_update is cls._update:
+        cls._uncompiled_update = torch.compiler.disable(cls._update)
+
+
 class StepPlan:
     """The steps of one list of parameters.
 

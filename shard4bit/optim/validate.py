@@ -65,7 +65,9 @@ def capturable(group: Mapping[str, Any]) -> None:
     for key in ("betas", "eps", "weight_decay", "momentum", "dampening"):
         given = group.get(key, ())
         if any(isinstance(x, Tensor) for x in (given if isinstance(given, tuple | list) else (given,))):
-            raise ValueError(f"{key}={given!r} with capturable=True: expected numbers; only lr may be a tensor")
+            raise ValueError(
+                f"{key}={given!r} with capturable=True: expected numbers; only lr may be a tensor"
+            )
     rate(group["lr"])
 
 
