@@ -59,7 +59,7 @@ class Backend(Protocol):
     counts: bool
 
     def capturing(self) -> bool:
-        """Whether what is launched now is captured in a CUDA graph instead of being run."""
+        """Whether what it launches now is captured in a CUDA graph instead of being run."""
 
     def measure(self, rule: Rule, works: Works) -> None:
         """Fill ``work.fresh`` with the statistics that apply cannot know from one pass."""

@@ -34,7 +34,7 @@ class Counts:
         devices = sorted({str(b.placed.data().device) for b in bounds}) if capturable else ["cpu"]
         if len(devices) > 1:
             raise ValueError(
-                f"capturable=True with parameters on {' and '.join(devices)}: build an optimizer for each device"
+                f"capturable=True with parameters on {' and '.join(devices)}: build one optimizer a device"
             )
         self.vector = torch.stack([bound.step.cpu() for bound in bounds]).to(devices[0])
         self.capturable = capturable
@@ -54,8 +54,8 @@ class Counts:
         """Whether the back end computes scalars and counts. Raises ValueError where it would have to."""
         if self.capturable and not backend.counts and self.vector.device.type != "cpu":
             raise ValueError(
-                f"capturable=True on {self.vector.device} needs the kernels: install cupy (shard4bit[cuda12] or "
-                "shard4bit[cuda13]), or build the optimizer with capturable=False"
+                f"capturable=True on {self.vector.device} needs the kernels: install cupy "
+                "(shard4bit[cuda12] or shard4bit[cuda13]), or build the optimizer with capturable=False"
             )
         return self.capturable and backend.counts
 
@@ -67,20 +67,20 @@ class Counts:
                 "step() is captured in a CUDA graph, which would replay this step's count and learning rate "
                 "for ever: build the optimizer with capturable=True"
             )
-        if not backend.counts:
+        if not (backend.counts and backend.capturing()):
             raise ValueError(
-                f"step() is captured in a CUDA graph, but the parameters are on {self.vector.device}: move the "
-                "model to the GPU before building the optimizer"
+                f"step() is captured in a CUDA graph, but the parameters are on {self.vector.device}, where "
+                "nothing is captured: expected them on the graph's GPU (and cupy installed)"
             )
         if any(bound.links for bound in bounds):
             raise ValueError(
-                "step() is captured in a CUDA graph, but parameters are sharded, and the host reads what their "
-                "ranks agree on: capture forward and backward only, and step outside of the graph"
+                "step() is captured in a CUDA graph, but parameters are sharded, and the host reads what "
+                "their ranks agree on: capture forward and backward only, and step outside of the graph"
             )
 
 
 def rate(lr: Any, device: torch.device, *, capturing: bool) -> float | Tensor:
-    """A learning rate as a number, or as the tensor on ``device`` that the kernels read. Raises ValueError."""
+    """A learning rate as a number, or as the tensor on ``device`` that kernels read. Raises ValueError."""
     validate.rate(lr)
     if not isinstance(lr, Tensor):
         return float(lr)

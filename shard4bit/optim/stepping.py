@@ -76,7 +76,9 @@ class Bound:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether what is launched on a device is now captured in a CUDA graph instead of being run."""
+    """Whether a step of parameters on ``device`` would now be captured in a CUDA graph, not run."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return True  # without making a back end, which a capture does not allow
     try:
         return backend_for(device).capturing()
     except Exception:  # the step will meet it again, and tell the other ranks
@@ -84,8 +86,8 @@ def capturing(device: torch.device) -> bool:
 
 
 def keep_compiler_out(cls: Any) -> None:
-    """Make a compiled training loop call the optimizer's update as it is, instead of tracing it: with Python's
-    own tables and raw launches it is nothing to trace. (When the first optimizer is made, not on import,
+    """Make a compiled training loop call the optimizer's update as it is instead of tracing it: tables of
+    addresses and raw launches are nothing to trace. (When the first optimizer is made, not on import,
     because it imports torch._dynamo, for a second; torch's own constructor does so too.)"""
     if cls._uncompiled_update is cls._update:
         cls._uncompiled_update = torch.compiler.disable(cls._update)

@@ -1,5 +1,5 @@
-"""capturable=True through the emulator: scalars that the device computes, captured and replayed steps, and what
-cannot be captured. (tests/gpu/test_capture.py does the same with CUDA graphs.)"""
+"""capturable=True through the emulator: scalars that the device computes, steps that are captured and replayed,
+and what cannot be captured. (tests/gpu/test_capture.py does the same with CUDA graphs.)"""
 
 from __future__ import annotations
 
@@ -43,19 +43,24 @@ SGD_GROUPS = [
 ]
 
 
-def launched(rule: Rule, group: dict[str, Any], counts: torch.Tensor, maximize: bool) -> np.ndarray:
-    """The records that the kernel makes of steps after ``counts``."""
+def recipes_of(rule: Rule, group: dict[str, Any], counts: torch.Tensor, maximize: bool) -> np.ndarray:
     work = Work(Slab.whole((1,)), [], torch.zeros(1), None, {}, maximize, options=rule.options(group))
     recipes = np.repeat(_recipe(work, adamw=rule is ADAMW), len(counts))
     recipes["count"] = counts.data_ptr() + 4 * np.arange(len(counts), dtype=np.uint64)
+    return recipes
+
+
+def launched(rule: Rule, group: dict[str, Any], counts: torch.Tensor, maximize: bool) -> np.ndarray:
+    """The records that the kernel makes of steps after ``counts``."""
+    recipes = recipes_of(rule, group, counts, maximize)
     hypers = np.full(len(counts) * tables.HYPER.itemsize, 255, np.uint8).view(tables.HYPER)
     kernel = Module(scalars_text()).get_function(f"{rule.name}_scalars")
     kernel(-(-len(counts) // 128), 128, (recipes, hypers, np.int32(len(counts))))
     return hypers
 
 
-def check_scalars(rule: Rule, group: dict[str, Any], maximize: bool) -> None:
-    found = launched(rule, group, torch.tensor(COUNTS, dtype=F32), maximize)
+def check_scalars(rule: Rule, group: dict[str, Any], maximize: bool, launch: Any = launched) -> None:
+    found = launch(rule, group, torch.tensor(COUNTS, dtype=F32), maximize)
     expected = np.zeros(len(COUNTS), tables.HYPER)
     for record, count in zip(expected, COUNTS, strict=True):
         scalars = rule.scalars(group, count + 1)
@@ -119,8 +124,8 @@ MAKERS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
 
 
 class Pair:
-    """An optimizer whose steps are captured, with lr in a tensor and gradients that stay in their memory; and its
-    twin, capturable=False, whose steps are not."""
+    """An optimizer whose steps are captured, with lr in a tensor and gradients that stay in their memory; and
+    its twin, capturable=False, whose steps are not."""
 
     def __init__(self, kind: str, lr_dtype: torch.dtype = F32, order: int = 0) -> None:
         self.runtime, self.other = EmulatorRuntime(order), EmulatorRuntime()
@@ -213,7 +218,10 @@ def test_a_first_step_that_is_replayed(kind: str) -> None:
     pair = Pair(kind)
     with served_by(pair.backend):
         state, begin = pair.captured.state_dict(), [p.detach().clone() for p in pair.params]
-        state = {**state, "state": {i: {k: t.clone() for k, t in s.items()} for i, s in state["state"].items()}}
+        state = {
+            **state,
+            "state": {i: {k: t.clone() for k, t in s.items()} for i, s in state["state"].items()},
+        }
         pair.captured.step()
         graph = pair.capture()
         pair.captured.load_state_dict(state)
@@ -357,7 +365,9 @@ def test_gradients_on_another_rank(kind: str, other: bool) -> None:
             with served_by(KernelBackend(EmulatorRuntime())):
                 optimizer.step()
         assert [int(optimizer.state[p]["step"]) for p in params] == [3, 3 if other else 1]
-        results.append([p.detach() for p in params] + [t for p in params for t in optimizer.state[p].values()])
+        results.append(
+            [p.detach() for p in params] + [t for p in params for t in optimizer.state[p].values()]
+        )
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(*results, strict=True))
 
 
