@@ -65,9 +65,9 @@ def _refuse_count(work: Work) -> None:
     specs = [str(m.spec) for m in work.moments]
     stored = f"moments stored as {specs}" if specs else "no momentum"
     raise ValueError(
-        f"capturable=True with a parameter of shape {work.slab.view.shape} and {stored}, for which no kernel "
-        'is there: expected "B128/DE" with "rank1", "block" or "factored" (AdamW4bit), a momentum in "B128/DE" '
-        "(SGD4bit), or quantize=False"
+        f"capturable=True with a parameter of shape {work.slab.view.shape} and {stored}, for which there "
+        'is no kernel: expected "B128/DE" with "rank1", "block" or "factored" (AdamW4bit), a momentum in '
+        '"B128/DE" (SGD4bit), or quantize=False'
     )
 
 

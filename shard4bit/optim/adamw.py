@@ -29,12 +29,16 @@ class AdamW4bit(QuantizedOptimizer):
         first_moment: "B128/DE" (the paper's) or another signed quantizer.
         quantize: False keeps fp32 moments; meant for single parameter groups.
         maximize: ascend instead of descend.
+        capturable: ``step()`` can be captured in a CUDA graph, after a step outside of it, and a replay is a
+            step, bit for bit: the step counts lie on the parameters' device, and an lr in a tensor there
+            (float32 or float64) is read there. For all groups alike; on the CPU it changes nothing.
 
-    Every option may be given per group. Matrices (two or more dimensions) of more than 4096 elements are
-    quantized; all else keeps fp32 moments. Parameters in bf16 or fp16 without fp32 master weights round
+    Every other option may be given per group. Matrices (two or more dimensions) of more than 4096 elements
+    are quantized; all else keeps fp32 moments. Parameters in bf16 or fp16 without fp32 master weights round
     small updates away, here as in every optimizer.
 
-    Raises ValueError for options of a wrong type or range.
+    Raises ValueError for options of a wrong type or range; at a step, where ``capturable`` cannot be had
+    (several devices, states without kernels, captures of sharded parameters).
     """
 
     _spec_options = {"exp_avg": ("first_moment", True), "exp_avg_sq": ("second_moment", False)}

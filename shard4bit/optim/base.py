@@ -17,9 +17,9 @@ from shard4bit.log import log
 from shard4bit.maths.update import Rule
 from shard4bit.optim import loading, validate
 from shard4bit.optim.capture import Counts
-from shard4bit.optim.gathering import gathered, ungathered
+from shard4bit.optim.gathering import check_shown, gathered, ungathered
 from shard4bit.optim.report import Report, report
-from shard4bit.optim.stepping import Bound, StepPlan, capturing, keep_compiler_out
+from shard4bit.optim.stepping import Bound, StepPlan, keep_compiler_out, refuse_first
 from shard4bit.optim.summary import summary
 from shard4bit.placement import Placed, is_dtensor, place, refuse_stale, to_local
 from shard4bit.spec import Full, MomentSpec, is_quantized, parse_spec
@@ -48,8 +48,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         """Nothing is bound; states in ``self.state`` will be taken up again."""
         keep_compiler_out(QuantizedOptimizer)
         self._bound: dict[Tensor, list[Bound]] = {}
-        kept = self.__dict__.get("_counts", Counts()).captured
-        self._counts = Counts(captured=kept)
+        self._counts = Counts(captured=vars(self).get("_counts", Counts()).captured)
         self._plans: dict[Any, StepPlan] = {}
 
     # ---- what a subclass says -------------------------------------------------------------------
@@ -154,8 +153,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     def _gather_steps(self) -> None:
         """Of all that is bound. Plans hold the earlier vector."""
         every = [bound for found in self._bound.values() for bound in found]
-        if every:
-            self._counts.gather(every, self.param_groups[0]["capturable"])
+        self._counts.gather(every, self.param_groups[0]["capturable"])
         self._plans.clear()
         for bound in every:
             self.state[bound.param][bound.placed.prefix + "step"] = bound.step
@@ -215,11 +213,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             (id(g), *map(id, g["params"]), *map(_REQUIRES_GRAD, g["params"])) for g in self.param_groups
         )
         if key not in self._plans:
-            if any(capturing(p.device) for g in self.param_groups for p in g["params"][:1]):
-                raise ValueError(
-                    "a capture of the first step with these parameters: take one or more steps before the "
-                    "capture, as torch's warm-up does"
-                )
+            refuse_first(self.param_groups)
             self.bind()
             if len(self._plans) >= 16:  # of parameters frozen and thawed in ever new ways
                 self._plans.clear()
@@ -262,15 +256,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's, with the packed states. Collective where columns are cut within blocks. Raises
         LayoutError, on all ranks, where a column cut does not allow codes to be DTensors."""
-        for bound in self.bind():
-            for moment in bound.moments:
-                for part in parts(moment.spec):
-                    why = bound.placed.obstacle(part)
-                    if why is not None:
-                        raise LayoutError(
-                            f"{why}, so state_dict() cannot give it: save with shard4bit.save(root, model, "
-                            "optimizer, step=...) and resume with shard4bit.load, on any number of ranks"
-                        )
+        check_shown(self.bind())
         out = super().state_dict()
         number = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
         for param, entries in gathered(self.bind()).items():

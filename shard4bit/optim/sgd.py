@@ -23,8 +23,9 @@ class SGD4bit(QuantizedOptimizer):
         dampening, nesterov, weight_decay, maximize: as in ``torch.optim.SGD``.
         momentum_buffer: "B128/DE" or another signed quantizer.
         quantize: False keeps an fp32 buffer.
+        capturable: as for :class:`AdamW4bit`; on a GPU with momentum only.
 
-    Raises ValueError for options of a wrong type or range.
+    Raises ValueError for options of a wrong type or range; at a step, where ``capturable`` cannot be had.
     """
 
     _spec_options = {"momentum_buffer": ("momentum_buffer", True)}

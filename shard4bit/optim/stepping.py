@@ -85,6 +85,15 @@ def capturing(device: torch.device) -> bool:
         return False
 
 
+def refuse_first(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError if a capture is going on, in which no states may be made."""
+    if any(capturing(param.device) for group in groups for param in group["params"][:1]):
+        raise ValueError(
+            "a capture of the first step with these parameters: take one or more steps before the capture, "
+            "as torch's warm-up does"
+        )
+
+
 def keep_compiler_out(cls: Any) -> None:
     """Make a compiled training loop call the optimizer's update as it is instead of tracing it: tables of
     addresses and raw launches are nothing to trace. (When the first optimizer is made, not on import,

@@ -1,5 +1,5 @@
-"""capturable=True through the emulator: scalars that the device computes, steps that are captured and replayed,
-and what cannot be captured. (tests/gpu/test_capture.py does the same with CUDA graphs.)"""
+"""capturable=True through the emulator: scalars that the device computes, steps that are captured and
+replayed, and what cannot be captured. (tests/gpu/test_capture.py does the same with CUDA graphs.)"""
 
 from __future__ import annotations
 
