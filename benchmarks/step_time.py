@@ -14,10 +14,13 @@ import sys
 import time
 from typing import Any
 
-OURS = {"rank1": "rank1", "block": "block", "factored": "factored"}
+OURS: dict[str, dict[str, Any]] = {
+    **{name: {"second_moment": name} for name in ("rank1", "block", "factored")},
+    **{f"{n}_compensated": {"second_moment": n, "compensate": True} for n in ("rank1", "block", "factored")},
+}
 CASES = [
-    *[(name, "bf16", "llama") for name in ("torch_fused", "block", "rank1", "factored")],
-    *[(name, "fp32", "llama") for name in ("torch_fused", "block", "rank1")],
+    *[(name, "bf16", "llama") for name in ("torch_fused", *OURS)],
+    *[(name, "fp32", "llama") for name in ("torch_fused", "block", "rank1", "rank1_compensated")],
     *[(name, "fp32", "small") for name in ("torch_fused", "rank1")],
 ]
 PEERS = [
@@ -48,7 +51,7 @@ def make_optimizer(name: str, params: list[Any], dtype: str) -> Any:
         return AdamW4bit(params, bf16_stochastic_round=dtype == "bf16", **options)
     import shard4bit
 
-    return shard4bit.AdamW4bit(params, second_moment=OURS[name], **options)
+    return shard4bit.AdamW4bit(params, **OURS[name], **options)
 
 
 def kernel_ms(step: Any, count: int) -> float:

@@ -9,62 +9,24 @@ Only single-rounding IEEE operations touch values, so chunks, threads and cuts c
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from math import lcm
+from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from shard4bit.backend import Work
-from shard4bit.layout import Piece, Rect, block_pieces
+from shard4bit.layout import Piece, block_pieces
 from shard4bit.maths import normalize
 from shard4bit.maths.mapping import codec, encode
 from shard4bit.maths.packing import pack_codes, packed_window, unpack_values
-from shard4bit.maths.update import Rule
+from shard4bit.maths.update import Rule, lead
 from shard4bit.spec import Factored, Full, QuantSpec
 from shard4bit.state import Moment
+from shard4bit.windows import Window, windows
 
 CPU_CHUNK = 1 << 18  # elements; temporaries stay in a core's cache
 GPU_CHUNK = 1 << 24
-
-
-@dataclass(frozen=True)
-class Window:
-    """A chunk of whole or cut rows: stored rows [row0, row1), global columns [col0, col1), and its
-    place [offset, offset + numel) in the rank's elements."""
-
-    row0: int
-    row1: int
-    col0: int
-    col1: int
-    offset: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.row1 - self.row0, self.col1 - self.col0
-
-    def elements(self, flat: Tensor) -> Tensor:
-        """This window of a dense vector, as (rows, columns), sharing its memory."""
-        rows, cols = self.shape
-        return flat[self.offset : self.offset + rows * cols].view(rows, cols)
-
-
-def _windows(rects: Sequence[Rect], moments: Sequence[Moment], limit: int) -> Iterator[Window]:
-    """The rectangles in windows of about ``limit`` elements, which cut no block and no byte of codes of
-    ``moments`` that the rectangles do not cut."""
-    specs = [m.spec for m in moments]
-    blocks = [s.block_size for s in specs if isinstance(s, QuantSpec) and s.norm == "block"]
-    align = lcm(2, *blocks)
-    step = max(align, limit // align * align)
-    for rect in rects:
-        height = max(1, limit // rect.width)
-        cuts = range((rect.col0 // step + 1) * step, rect.col1, step) if rect.width > limit else ()
-        edges = [rect.col0, *cuts, rect.col1]
-        for row0 in range(rect.row0, rect.row1, height):
-            row1 = min(rect.row1, row0 + height)
-            offset = rect.offset + (row0 - rect.row0) * rect.width
-            for col0, col1 in zip(edges, edges[1:], strict=False):
-                yield Window(row0, row1, col0, col1, offset + col0 - rect.col0)
 
 
 def _pieces(moment: Moment, window: Window) -> list[Piece]:
@@ -214,6 +176,14 @@ def _store(moment: Moment, fresh: dict[str, Tensor], new: Tensor, window: Window
     pack_codes(target, byte0, window.col0, window.col1, codes, spec.bits)
 
 
+def _stored(moment: Moment, fresh: dict[str, Tensor], new: Tensor, window: Window) -> Tensor:
+    """Encode the new values of one window, overwriting ``new``; returns them as they will be read again."""
+    _store(moment, fresh, new, window)
+    if moment.quant.norm == "tensor":  # its statistic is stored when every window is done
+        moment = replace(moment, tensors=moment.tensors | {"absmax": fresh["absmax"]})
+    return _dequantize(moment, window)
+
+
 def _store_blocks(moment: Moment, fresh: dict[str, Tensor], new: Tensor, window: Window) -> None:
     """Set the blocks' absmax and normalize ``new`` by it, in place."""
     absmax, first = moment.matrix("absmax"), moment.slab.units(moment.quant.block_size)[0]
@@ -253,7 +223,7 @@ class ReferenceBackend:
                 continue
             for moment, fresh in zip(work.moments, work.fresh, strict=True):
                 self._settle(moment, fresh, work)
-            for window in _windows(work.slab.rects(), work.moments, _limit(work)):
+            for window in windows(work.slab.rects(), work.moments, _limit(work)):
                 self._apply_window(rule, work, window)
             for moment, fresh in zip(work.moments, work.fresh, strict=True):
                 for stat in ("row_max", "col_max", "absmax"):
@@ -264,7 +234,7 @@ class ReferenceBackend:
         slab = moment.slab
         device = next(iter(moment.tensors.values())).device
         out = torch.zeros(slab.numel, dtype=torch.float32, device=device)
-        for window in _windows(slab.rects(), [moment], CPU_CHUNK):
+        for window in windows(slab.rects(), [moment], CPU_CHUNK):
             if isinstance(moment.spec, Factored):
                 values = _factored_values(moment, window)
             else:
@@ -294,10 +264,16 @@ class ReferenceBackend:
             else:
                 old = _old(moment, window)
                 news.append(rule.advance(i, old, chunk.grad, chunk.param, work.scalars))
-        updated = rule.apply(chunk.param, chunk.grad, news, work.scalars)
+        if work.scalars["ahead"] and isinstance(work.moments[0].spec, QuantSpec):
+            kept = _stored(work.moments[0], work.fresh[0], news[0].clone(), window)
+            moving, unstored = [lead(news[0], kept, work.scalars["ahead"]), *news[1:]], 1
+        else:
+            moving, unstored = news, 0
+        updated = rule.apply(chunk.param, chunk.grad, moving, work.scalars)
         if updated is not chunk.target:
             chunk.target.copy_(updated)
-        for moment, fresh, new in zip(work.moments, work.fresh, news, strict=True):
+        rest = zip(work.moments, work.fresh, news, strict=True)
+        for moment, fresh, new in islice(rest, unstored, None):
             _store(moment, fresh, new, window)
 
 
@@ -307,10 +283,10 @@ def _limit(work: Work) -> int:
 
 def _measured_windows(moment: Moment, work: Work) -> Iterator[Window]:
     """The windows that measure must read: all, or for blocks only the columns of cut blocks."""
-    windows = _windows(work.slab.rects(), [moment], _limit(work))
+    found = windows(work.slab.rects(), [moment], _limit(work))
     if not isinstance(moment.spec, QuantSpec) or moment.spec.norm != "block":
-        yield from windows
+        yield from found
         return
-    for window in windows:
+    for window in found:
         if any(piece.cut for piece in _pieces(moment, window)):
             yield window

@@ -227,6 +227,7 @@ class OracleAdamW:
         eps: float,
         weight_decay: float,
         maximize: bool = False,
+        compensate: bool = False,
     ) -> Array:
         """One step; returns the new parameter. Scalars are float64 rounded once to float32."""
         self.state["step"] += 1
@@ -246,6 +247,9 @@ class OracleAdamW:
             v = v * keep2 + square * take2
             store_moment(self.state, "exp_avg_sq", v, self.second)
         store_moment(self.state, "exp_avg", m, self.first)
+        if compensate:
+            kept = load_moment(self.state, "exp_avg", self.shape, self.first)
+            m = m - (kept - m) * F32(beta1 / (1 - beta1) * c1)
 
         denominator = np.sqrt(v) * F32(1 / math.sqrt(c2)) + F32(eps)
         return param * F32(1 - lr * weight_decay) - m * F32(lr / c1) / denominator
@@ -272,6 +276,7 @@ class OracleSGD:
         nesterov: bool,
         weight_decay: float,
         maximize: bool = False,
+        compensate: bool = False,
     ) -> Array:
         """One step; returns the new parameter."""
         self.state["step"] += 1
@@ -283,6 +288,9 @@ class OracleSGD:
             old = load_moment(self.state, "momentum_buffer", self.shape, self.first)
             b = old * F32(momentum) + g * F32(1 - dampening)
         store_moment(self.state, "momentum_buffer", b, self.first)
+        if compensate:
+            kept = load_moment(self.state, "momentum_buffer", self.shape, self.first)
+            b = b - (kept - b) * F32(momentum / (1 - momentum))
         direction = g + b * F32(momentum) if nesterov else b
         return param - direction * F32(lr)
 

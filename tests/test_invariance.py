@@ -139,27 +139,36 @@ def run(
                 assert torch.equal(bits(found), bits(expected)), (step, moment.name, part.suffix)
 
 
-def adamw_scalars(step: int) -> Any:
-    return ADAMW.scalars({"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}, step)
+def adamw_scalars(step: int, *, compensate: bool = False) -> Any:
+    group = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "compensate": compensate}
+    return ADAMW.scalars(group, step)
 
 
+def sgd_scalars(step: int, *, compensate: bool = False) -> Any:
+    group = {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01, "nesterov": False}
+    return SGD.scalars({**group, "compensate": compensate}, step)
+
+
+@pytest.mark.parametrize("compensate", [False, True], ids=["plain", "compensated"])
 @pytest.mark.parametrize("names", ADAMW_SPECS, ids="+".join)
 @QUICK
 @given(problem=problems())
-def test_adamw_is_the_same_for_every_cut(names: tuple[str, str], problem: dict[str, Any]) -> None:
+def test_adamw_is_the_same_for_every_cut(
+    names: tuple[str, str], compensate: bool, problem: dict[str, Any]
+) -> None:
     specs = [
         parse_spec(names[0], signed=True, argument="first"),
         parse_spec(names[1], signed=False, argument="second"),
     ]
-    run(ADAMW, problem, specs, adamw_scalars)
+    run(ADAMW, problem, specs, partial(adamw_scalars, compensate=compensate))
 
 
+@pytest.mark.parametrize("compensate", [False, True], ids=["plain", "compensated"])
 @QUICK
 @given(problem=problems())
-def test_sgd_is_the_same_for_every_cut(problem: dict[str, Any]) -> None:
-    group = {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01, "nesterov": False}
+def test_sgd_is_the_same_for_every_cut(compensate: bool, problem: dict[str, Any]) -> None:
     spec = parse_spec("B128/DE", signed=True, argument="momentum_buffer")
-    run(SGD, problem, [spec], lambda step: SGD.scalars(group, step))
+    run(SGD, problem, [spec], partial(sgd_scalars, compensate=compensate))
 
 
 @QUICK

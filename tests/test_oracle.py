@@ -267,7 +267,7 @@ def test_golden_files_equal_a_fresh_regeneration(name: str) -> None:
 def test_golden_files_are_all_listed_and_small() -> None:
     files = list(make.HERE.glob("*.npz"))
     assert {file.stem for file in files} == set(make.CASES)
-    assert sum(file.stat().st_size for file in files) < 600_000
+    assert sum(file.stat().st_size for file in files) < 700_000
 
 
 def test_golden_cases_hold_what_they_are_for() -> None:

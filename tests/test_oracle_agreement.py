@@ -115,11 +115,13 @@ def random_grads(rng: np.random.Generator, shape: tuple[int, int], steps: int) -
 
 @pytest.mark.parametrize("second", [*SECOND_MOMENTS, "B37/DE/8", "B5/Linear/8", "Rank-1/DE-0/8"])
 @pytest.mark.parametrize("shape", [(61, 131), (5, 1025), (4100, 3)])
-def test_adamw_equals_the_oracle(second: str, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("compensate", [False, True], ids=["plain", "compensated"])
+def test_adamw_equals_the_oracle(second: str, shape: tuple[int, int], compensate: bool) -> None:
     rng = np.random.default_rng(len(second) + shape[0])
     first = FIRST_MOMENTS[len(second) % len(FIRST_MOMENTS)]
     start = rng.standard_normal(shape).astype(np.float32)
     hyper: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    hyper["compensate"] = compensate
     param = torch.nn.Parameter(torch.from_numpy(start.copy()))
     optimizer = shard4bit.AdamW4bit([param], first_moment=first, second_moment=second, **hyper)
     specs = [oracle_spec(m.spec) for m in optimizer.bind()[0].moments]
@@ -141,7 +143,8 @@ def test_adamw_equals_the_oracle(second: str, shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("spec", [*FIRST_MOMENTS, "B300/DE/8"])
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_sgd_equals_the_oracle(spec: str, nesterov: bool) -> None:
+@pytest.mark.parametrize("compensate", [False, True], ids=["plain", "compensated"])
+def test_sgd_equals_the_oracle(spec: str, nesterov: bool, compensate: bool) -> None:
     shape, rng = (61, 131), np.random.default_rng(5)
     start = rng.standard_normal(shape).astype(np.float32)
     hyper: dict[str, Any] = {
@@ -151,6 +154,7 @@ def test_sgd_equals_the_oracle(spec: str, nesterov: bool) -> None:
         "nesterov": nesterov,
         "weight_decay": 0.01,
         "maximize": not nesterov,
+        "compensate": compensate,
     }
     param = torch.nn.Parameter(torch.from_numpy(start.copy()))
     optimizer = shard4bit.SGD4bit([param], momentum_buffer=spec, **hyper)

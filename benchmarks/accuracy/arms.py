@@ -20,7 +20,11 @@ BASELINE = "fp32"
 STABLE = "+emb32"
 
 #: Arms whose options are more than a second moment. New options of AdamW4bit get their line here.
-OPTIONS: dict[str, dict[str, Any]] = {"8bit": ADAMW_8BIT, "fp32 by shard4bit": {"quantize": False}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "8bit": ADAMW_8BIT,
+    "fp32 by shard4bit": {"quantize": False},
+    **{f"{v} compensated": {"second_moment": v, "compensate": True} for v in ("rank1", "block", "factored")},
+}
 
 ABLATION = (
     BASELINE,
@@ -66,6 +70,6 @@ def make_optimizer(arm: str, model: nn.Module, **common: Any) -> torch.optim.Opt
         on_gpu = next(model.parameters()).is_cuda
         return torch.optim.AdamW(made, fused=on_gpu or None, **common)
     if base in CANDIDATES:
-        return CandidateAdamW(made, *CANDIDATES[base], seed=torch.initial_seed(), **common)
+        return CandidateAdamW(made, CANDIDATES[base], seed=torch.initial_seed(), **common)
     options = OPTIONS.get(base, {"second_moment": base})
     return shard4bit.AdamW4bit(made, **common, **options)

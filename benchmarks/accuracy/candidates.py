@@ -3,7 +3,10 @@ quantizer could hold in 4 bits. The values are kept in fp32, so that a quantizer
 memory and is not for use. "paper" gives the same bits as AdamW4bit's default (tests/accuracy).
 
 A quantizer divides a matrix by scales, moves each quotient to a neighbouring entry of a table of 16, and
-multiplies again. What stays the same for all: which tensors are quantized, and the update itself.
+multiplies again. What stays the same for all: which tensors are quantized, and the formulas of the moments.
+
+A *compensated* first moment is rounded before the parameters move, and they move by what it keeps less: an
+error e of m would, over the steps to come, move them by lr beta1 / (1 - beta1) e / (root of v) too far.
 """
 
 from __future__ import annotations
@@ -44,13 +47,13 @@ class Quantizer:
     scale: str
     rounding: str = "nearest"
 
-    def __call__(self, values: Tensor, key: int) -> Tensor:
-        """(rows, columns) float32 as stored and read again. key: of the random numbers."""
+    def __call__(self, values: Tensor, key: Tensor) -> Tensor:
+        """(rows, columns) float32 as stored and read again. key: 0-d int64, of the random numbers."""
         scale, inverted = _scales(values, self.scale)
         entries = torch.tensor(TABLES[self.table], dtype=torch.float64).float().to(values.device)
         return entries[self._codes(values * inverted, entries, key)] * scale
 
-    def _codes(self, x: Tensor, entries: Tensor, key: int) -> Tensor:
+    def _codes(self, x: Tensor, entries: Tensor, key: Tensor) -> Tensor:
         if self.rounding == "nearest":
             return _nearest(x, entries)
         above = torch.searchsorted(entries, x, right=True).clamp_(1, len(entries) - 1)
@@ -82,11 +85,11 @@ def _scales(values: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return scale.expand(values.shape), inverted.expand(values.shape)
 
 
-def uniform(shape: Iterable[int], key: int, device: torch.device) -> Tensor:
+def uniform(shape: Iterable[int], key: Tensor, device: torch.device) -> Tensor:
     """Numbers in [0, 1) of 24 bits by coordinate: a function of the key and the place alone."""
     rows, cols = shape
     x = torch.arange(rows * cols, device=device, dtype=torch.int64).view(rows, cols)
-    x = x * -7046029254386353131 + _signed(key * 0xBF58476D1CE4E5B9)  # splitmix64
+    x = (x + key * _signed(0xD1B54A32D192ED03)) * _signed(0x9E3779B97F4A7C15)  # then as splitmix64
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ _shifted(x, shift)) * _signed(factor)
     return (_shifted(x ^ _shifted(x, 31), 40)).float() * 2.0**-24
@@ -103,38 +106,62 @@ def _signed(number: int) -> int:
     return number - (1 << 64) if number >> 63 else number
 
 
-PAPER = (Quantizer("de", "block"), Quantizer("linear", "rank1"))
-RANDOM_M = Quantizer("de", "block", "stochastic")
-#: name -> quantizers of both moments
-CANDIDATES: dict[str, tuple[Quantizer, Quantizer]] = {
-    "paper": PAPER,
-    "stochastic m": (RANDOM_M, PAPER[1]),
-    "stochastic v": (PAPER[0], Quantizer("linear", "rank1", "stochastic")),
-    "stochastic both": (RANDOM_M, Quantizer("linear", "rank1", "stochastic")),
-    "dither both": (Quantizer("de", "block", "dither"), Quantizer("linear", "rank1", "dither")),
-    "sqrt v": (PAPER[0], Quantizer("sqrt", "rank1")),
-    "log v": (PAPER[0], Quantizer("log", "rank1")),
-    "sqrt v, stochastic": (RANDOM_M, Quantizer("sqrt", "rank1", "stochastic")),
-    "log v, stochastic": (RANDOM_M, Quantizer("log", "rank1", "stochastic")),
-    "v by both scales": (PAPER[0], Quantizer("linear", "both")),
-    "v by both, stochastic": (
-        RANDOM_M,
-        Quantizer("linear", "both", "stochastic"),
-    ),
-    "normal m": (Quantizer("normal", "block"), PAPER[1]),
-    "m by both scales": (Quantizer("de", "both"), PAPER[1]),
-    "m exact": (Quantizer("exact", ""), PAPER[1]),
-    "v exact": (PAPER[0], Quantizer("exact", "")),
+@dataclass(frozen=True)
+class Candidate:
+    """Quantizers of both moments. compensate: the share of the first one's error that the step makes good."""
+
+    first: Quantizer
+    second: Quantizer
+    compensate: float = 0.0
+
+
+M, V = Quantizer("de", "block"), Quantizer("linear", "rank1")
+RANDOM_M, RANDOM_V = Quantizer("de", "block", "stochastic"), Quantizer("linear", "rank1", "stochastic")
+ROOT_V = Quantizer("sqrt", "rank1", "stochastic")
+NORMAL_M = Quantizer("normal", "block")
+EXACT = Quantizer("exact", "")
+CANDIDATES: dict[str, Candidate] = {
+    "paper": Candidate(M, V),
+    "m exact": Candidate(EXACT, V),
+    "v exact": Candidate(M, EXACT),
+    "stochastic m": Candidate(RANDOM_M, V),
+    "stochastic v": Candidate(M, RANDOM_V),
+    "stochastic both": Candidate(RANDOM_M, RANDOM_V),
+    "dither both": Candidate(Quantizer("de", "block", "dither"), Quantizer("linear", "rank1", "dither")),
+    "sqrt v": Candidate(M, Quantizer("sqrt", "rank1")),
+    "log v": Candidate(M, Quantizer("log", "rank1")),
+    "sqrt v, stochastic": Candidate(RANDOM_M, ROOT_V),
+    "log v, stochastic": Candidate(RANDOM_M, Quantizer("log", "rank1", "stochastic")),
+    "v by both scales": Candidate(M, Quantizer("linear", "both")),
+    "v by both, stochastic": Candidate(RANDOM_M, Quantizer("linear", "both", "stochastic")),
+    "normal m": Candidate(NORMAL_M, V),
+    "m by both scales": Candidate(Quantizer("de", "both"), V),
+    "compensated": Candidate(M, V, 1.0),
+    "compensated, v exact": Candidate(M, EXACT, 1.0),
+    "compensated by half": Candidate(M, V, 0.5),
+    "compensated, stochastic v": Candidate(M, RANDOM_V, 1.0),
+    "compensated, sqrt v": Candidate(M, Quantizer("sqrt", "rank1"), 1.0),
+    "compensated, stochastic sqrt v": Candidate(M, ROOT_V, 1.0),
+    "compensated normal m": Candidate(NORMAL_M, V, 1.0),
+    "compensated normal m, stochastic sqrt v": Candidate(NORMAL_M, ROOT_V, 1.0),
+    "compensated stochastic m": Candidate(RANDOM_M, V, 1.0),
 }
 
 
-class CandidateAdamW(torch.optim.Optimizer):
-    """AdamW with the two quantizers. ``seed`` and the parameter's number key the random numbers."""
+def _plainly(quantizer: Quantizer, values: Tensor, key: Tensor) -> Tensor:
+    return quantizer(values, key)
 
-    def __init__(
-        self, params: Any, first: Quantizer, second: Quantizer, seed: int = 0, **options: Any
-    ) -> None:
-        self.quantizers, self.seed = (first, second), seed
+
+_compiled = torch.compile(_plainly, dynamic=False)
+torch._dynamo.config.recompile_limit = 200  # one graph a shape and quantizer
+
+
+class CandidateAdamW(torch.optim.Optimizer):
+    """AdamW of a candidate. ``seed`` and the parameter's number key the random numbers."""
+
+    def __init__(self, params: Any, candidate: Candidate, seed: int = 0, **options: Any) -> None:
+        self.quantizers, self.seed = (candidate.first, candidate.second), seed
+        self.compensate = candidate.compensate
         super().__init__(params, {"weight_decay": 0.0, "quantize": True, **options})
 
     @torch.no_grad()
@@ -156,14 +183,29 @@ class CandidateAdamW(torch.optim.Optimizer):
         scalars = ADAMW.scalars(group, state["step"])
         grad, value = param.grad.float(), param.float()  # type: ignore[union-attr]
         news = [ADAMW.advance(i, state[name], grad, value, scalars) for i, name in enumerate(ADAMW.moments)]
-        param.copy_(ADAMW.apply(value, grad, news, scalars))
+        moved = list(news)
         if group["quantize"] and is_quantized(tuple(param.shape)):
-            view = matrix_view(tuple(param.shape))
-            for i, (new, quantizer) in enumerate(zip(news, self.quantizers, strict=True)):
-                if quantizer.table != "exact":
-                    key = ((self.seed * 2 + i) << 44) ^ (number << 28) ^ state["step"]
-                    matrix = new.view(view.rows, view.cols)
-                    matrix.copy_(quantizer(matrix, key))
+            keys = [_signed(((self.seed * 2 + i) << 44) ^ (number << 28) ^ state["step"]) for i in range(2)]
+            kept = [self._kept(i, new, key) for i, (new, key) in enumerate(zip(news, keys, strict=True))]
+            if self.compensate:
+                beta = group["betas"][0]  # with lr for the later steps, not lr / (1 - beta^t)
+                ahead = self.compensate * beta / (1 - beta) * (1 - beta ** state["step"])
+                moved[0] = news[0] - (kept[0] - news[0]) * ahead
+        else:
+            kept = news
+        param.copy_(ADAMW.apply(value, grad, moved, scalars))
+        for name, values in zip(ADAMW.moments, kept, strict=True):
+            state[name].copy_(values)
+
+    def _kept(self, index: int, new: Tensor, key: int) -> Tensor:
+        """A moment as stored and read again; the moment itself where it is exact."""
+        quantizer = self.quantizers[index]
+        if quantizer.table == "exact":
+            return new
+        view = matrix_view(tuple(new.shape))
+        number = torch.full((), key, dtype=torch.int64, device=new.device)
+        run = _compiled if new.is_cuda else _plainly  # one launch instead of forty
+        return run(quantizer, new.view(view.rows, view.cols), number).view(new.shape)
 
 
 def errors(optimizer: CandidateAdamW) -> list[dict[str, Any]]:
@@ -185,7 +227,7 @@ def errors(optimizer: CandidateAdamW) -> list[dict[str, Any]]:
                 old = state[name].view(view.rows, view.cols)
                 grad = param.grad.float().view(old.shape)
                 exact = ADAMW.advance(i, old.clone(), grad, grad, scalars)
-                kept = quantizer(exact, state["step"])
+                kept = quantizer(exact, torch.tensor(state["step"]))
                 top = kept.abs() >= _scales(exact, quantizer.scale)[0]
                 row |= {
                     f"{name} error": float((kept - exact).norm() / exact.norm().clamp(min=1e-30)),

@@ -23,12 +23,29 @@ class Shape:
     dropout: float = 0.0
 
 
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021): x (..., time, size), angles (time, size / 2) float32."""
+    low, high = x.float().chunk(2, -1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], -1).to(x.dtype)
+
+
 class Attention(nn.Module):
-    """Multi-head attention of ``x`` (batch, time, width) on itself or on ``memory`` (batch, other, width)."""
+    """Multi-head attention of ``x`` (batch, time, width) on itself or on ``memory`` (batch, other, width).
+
+    Where it is causal, positions are rotary: with learned ones, a language model of this size stays at the
+    loss of pairs of bytes for half of its 600 steps.
+    """
+
+    angles: Tensor
 
     def __init__(self, shape: Shape, *, causal: bool = False) -> None:
         super().__init__()
         self.heads, self.causal, self.dropout = shape.heads, causal, shape.dropout
+        half = shape.width // shape.heads // 2
+        rates = 10000.0 ** (-torch.arange(half) / half)
+        angles = torch.arange(shape.context)[:, None] * rates
+        self.register_buffer("angles", angles if causal else None, persistent=False)
         self.query = nn.Linear(shape.width, shape.width)
         self.both = nn.Linear(shape.width, 2 * shape.width)
         self.out = nn.Linear(shape.width, shape.width)
@@ -37,6 +54,9 @@ class Attention(nn.Module):
         """mask: (batch, 1, 1, other) bool, True where ``memory`` may be attended to."""
         keys, values = self.both(x if memory is None else memory).chunk(2, -1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.query(x), keys, values))
+        if self.causal:
+            angles = self.angles[: x.shape[1]]
+            q, k = rotate(q, angles), rotate(k, angles)
         drop = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal, dropout_p=drop)
         return self.out(y.transpose(1, 2).flatten(2))
@@ -76,12 +96,11 @@ def initialize(model: nn.Module, layers: int, std: float = 0.02) -> None:
 
 
 class GPT(nn.Module):
-    """A decoder-only language model."""
+    """A decoder-only language model with rotary positions."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.tokens = nn.Embedding(shape.vocabulary, shape.width)
-        self.positions = nn.Embedding(shape.context, shape.width)
         self.blocks = nn.ModuleList(Block(shape, causal=True) for _ in range(shape.layers))
         self.norm = nn.LayerNorm(shape.width)
         self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
@@ -91,7 +110,7 @@ class GPT(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """The mean loss in nats per token over ``rows`` (batch, time + 1), int64."""
-        x = self.tokens(rows[:, :-1]) + self.positions.weight[: rows.shape[1] - 1]
+        x = self.tokens(rows[:, :-1])
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.norm(x))

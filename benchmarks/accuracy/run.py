@@ -36,7 +36,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("experiment", choices=EXPERIMENTS)
-    add("--arms", help="comma-separated instead of the experiment's; see benchmarks/accuracy/arms.py")
+    add("--arms", help="separated by semicolons; default: those of the experiment (see arms.py)")
     add("--seeds", type=int, help="how many")
     add("--first-seed", type=int, default=0, help="fresh seeds for a confirmation")
     add("--lr", type=float, help="instead of the recipe's")
@@ -57,7 +57,7 @@ def cells(want: argparse.Namespace) -> list[dict[str, Any]]:
     recipe = experiment.toy_recipe if want.toy else experiment.recipe
     settings = experiment.settings(toy=want.toy)
     count = want.seeds or (TOY_SEEDS if want.toy else 1 if want.tune else experiment.seeds)
-    arms = [BASELINE] if want.tune else (want.arms.split(",") if want.arms else list(experiment.arms))
+    arms = [BASELINE] if want.tune else (want.arms.split(";") if want.arms else list(experiment.arms))
     rates = [float(x) for x in want.tune.split(",")] if want.tune else [want.lr or recipe.lr]
     return [
         {

@@ -9,11 +9,16 @@ from dataclasses import asdict
 from typing import Any
 
 from shard4bit.cli.models import Model, find_model, of_size
-from shard4bit.cli.plan import BYTES, ENGINES, OPTIMIZERS, Setup, usage
+from shard4bit.cli.plan import OPTIMIZERS, usage
+from shard4bit.cli.shards import BYTES, ENGINES, Setup
+from shard4bit.cli.states import Moments
 from shard4bit.cli.tables import Table, UsageError, count, show, size
 
-NOT_COUNTED = "Not counted: activations, CUDA context, NCCL's buffers, the allocator's fragments."
-_COLUMNS = ("weights", "gradients", "master", "moments", "backward", "step", "save")
+NOT_COUNTED = (
+    "Kernels: their tables and workspace, and what ranks reduce. Rounding: by CUDA's caching allocator.\n"
+    "Not counted: activations, CUDA context, NCCL's buffers, the allocator's fragments."
+)
+_COLUMNS = ("weights", "gradients", "master", "moments", "kernels", "rounding", "backward", "step", "save")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
     parts: list[Table | str] = [_heading(model, setup)]
     if model:
         rows = [[name, *(size(getattr(u, c)) for c in _COLUMNS)] for name, u in figures.items()]
-        titles = [*_COLUMNS[:4], "peak backward", "peak step", "peak save"]
+        titles = [*_COLUMNS[:6], *(f"peak {c}" for c in _COLUMNS[6:])]
         parts.append(Table("Bytes on the fullest rank", ["optimizer", *titles], rows))
     if options.card:
         rows = []
@@ -129,7 +134,7 @@ def _hints(setup: Setup) -> str:
     return "\nBackward: with DDP's gradient buckets." if setup.engine == "ddp" else ""
 
 
-def largest(setup: Setup, card: int, moments: tuple[str, str] | None) -> Model | None:
+def largest(setup: Setup, card: int, moments: Moments) -> Model | None:
     """The largest model of ``of_size`` whose peak fits into ``card`` bytes, to about 0.5 %."""
 
     def peak(params: float) -> int:
@@ -161,6 +166,9 @@ def _plain(model: Model | None, setup: Setup, figures: Any, fitting: Any) -> dic
     return {
         "model": model and {"about": model.about, "parameters": model.numel},
         "setup": asdict(setup),
-        "bytes": {name: {**asdict(found), "peak": found.peak} for name, found in figures.items()},
+        "bytes": {
+            name: {**asdict(found), "rounding": found.rounding, "peak": found.peak}
+            for name, found in figures.items()
+        },
         "largest": {name: found and found.numel for name, found in fitting.items()},
     }

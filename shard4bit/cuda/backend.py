@@ -33,6 +33,7 @@ def _pack_scalars(record: Any, work: Work, *, adamw: bool) -> None:
     scalars, names = work.scalars, _SCALARS["adamw" if adamw else "sgd"]
     record["scalars"][: len(names)] = [scalars[name] for name in names]
     record["maximize"], record["first"] = work.maximize, scalars.get("first", 0.0)
+    record["ahead"] = scalars["ahead"]
     if adamw:
         record["tame"] = _is_tame(scalars)
         if work.maximize:
@@ -54,7 +55,7 @@ def _recipe(work: Work, *, adamw: bool) -> Any:
         record["lr_at"], record["wide"] = options["lr"].data_ptr(), options["lr"].dtype == torch.float64
     else:
         record["lr"] = options["lr"]
-    record["maximize"] = work.maximize
+    record["ahead"], record["maximize"] = options["ahead"], work.maximize
     return record
 
 

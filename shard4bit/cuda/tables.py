@@ -32,11 +32,11 @@ HYPER = np.dtype(
         ("maximize", np.int32),
         ("first", np.int32),
         ("tame", np.int32),
-        ("pad", np.int32),
+        ("ahead", np.float32),
     ]
 )
 RECIPE = np.dtype(
-    [(name, np.float64) for name in ("lr", "a", "b", "c", "d")]
+    [(name, np.float64) for name in ("lr", "ahead", "a", "b", "c", "d")]
     + [(name, np.uint64) for name in ("lr_at", "count")]
     + [(name, np.int32) for name in ("wide", "maximize")]
 )

@@ -16,6 +16,7 @@ from shard4bit.deepspeed.saved import Param, Saved
 from shard4bit.errors import CheckpointError
 from shard4bit.optim.base import QuantizedOptimizer
 from shard4bit.optim.exchange import import_state
+from shard4bit.optim.loading import OWN_OPTIONS
 from shard4bit.reference import ReferenceBackend
 
 
@@ -144,7 +145,7 @@ def _write_universal(found: Saved, folder: Path, each: Callable[[list[Param]], I
             values = ReferenceBackend().decode(param.moment(name)).view(param.shape)
             torch.save({"param": values.clone()}, place / f"{name}.pt")
         torch.save(torch.tensor(float(param.step)), place / "step.pt")
-    foreign = ("second_moment", "first_moment", "momentum_buffer", "quantize", "param_names")
+    foreign = (*OWN_OPTIONS, "param_names")
     groups = [{k: v for k, v in g.items() if k not in foreign} for g in found.shared["param_groups"]]
     torch.save({**found.shared, "param_groups": groups}, zero / "optimizer_state.pt")
     torch.save(found.model, folder / files.MODEL)

@@ -45,8 +45,9 @@ class Rule:
 
     moments: names of the moments, in the order of all sequences below.
     options: (param_group) -> what the scalars follow from, as floats; "lr" as it is, a number or a tensor.
-    scalars: (param_group, step count after this step) -> the rule's scalars. cuda/kernels/scalars.cu does
-        the same, operation by operation, from options where the step count lies on the device.
+    scalars: (param_group, step count after this step) -> the rule's scalars. "ahead": see :func:`lead`.
+        cuda/kernels/scalars.cu does the same, operation by operation, from options where the step count lies
+        on the device.
     advance: (index, old moment, gradient, parameter, scalars) -> new moment; may overwrite the old one.
         All tensors float32 of one shape.
     apply: (parameter, gradient, new moments, scalars) -> new parameter; may overwrite the parameter only.
@@ -60,24 +61,40 @@ class Rule:
     apply: Callable[[Tensor, Tensor, Sequence[Tensor], Scalars], Tensor]
 
 
+def lead(new: Tensor, kept: Tensor, ahead: float) -> Tensor:
+    """What a compensated step moves the parameter by, in the place of its ``new`` first moment.
+
+    The ``kept`` moment, quantized and read again, is off by e. If nothing else happened, that error would
+    move the parameter too far by ``ahead`` = decay + decay^2 + ... = decay / (1 - decay) times e in later
+    steps (with AdamW's bias correction of this step taken out); this step moves it back by as much.
+    """
+    return new - (kept - new) * ahead
+
+
+def _ahead(group: Mapping[str, Any], decay: float) -> float:
+    return decay / (1.0 - decay) if group.get("compensate") else 0.0
+
+
 def _adamw_options(group: Mapping[str, Any]) -> Options:
     beta1, beta2 = (float(b) for b in group["betas"])
     rest = {key: float(group[key]) for key in ("eps", "weight_decay")}
-    return {"lr": group["lr"], "beta1": beta1, "beta2": beta2, **rest}
+    return {"lr": group["lr"], "beta1": beta1, "beta2": beta2, **rest, "ahead": _ahead(group, beta1)}
 
 
 def _adamw_scalars(group: Mapping[str, Any], step: int) -> Scalars:
     options = _adamw_options(group)
     lr, beta1, beta2 = float(options["lr"]), options["beta1"], options["beta2"]
+    correction = 1.0 - power(beta1, step)
     return {
         "beta1": beta1,
         "rest1": 1.0 - beta1,
         "beta2": beta2,
         "rest2": 1.0 - beta2,
         "keep": 1.0 - lr * options["weight_decay"],
-        "step_size": lr / (1.0 - power(beta1, step)),
+        "step_size": lr / correction,
         "root": 1.0 / math.sqrt(1.0 - power(beta2, step)),
         "eps": options["eps"],
+        "ahead": options["ahead"] * correction,
     }
 
 
@@ -98,7 +115,8 @@ ADAMW = Rule("adamw", ("exp_avg", "exp_avg_sq"), _adamw_options, _adamw_scalars,
 
 def _sgd_options(group: Mapping[str, Any]) -> Options:
     names = ("momentum", "dampening", "weight_decay", "nesterov")
-    return {"lr": group["lr"], **{key: float(group[key]) for key in names}}
+    options = {key: float(group[key]) for key in names}
+    return {"lr": group["lr"], **options, "ahead": _ahead(group, options["momentum"])}
 
 
 def _sgd_scalars(group: Mapping[str, Any], step: int) -> Scalars:
@@ -111,6 +129,7 @@ def _sgd_scalars(group: Mapping[str, Any], step: int) -> Scalars:
         "first": float(first),
         "weight_decay": options["weight_decay"],
         "nesterov": options["nesterov"],
+        "ahead": options["ahead"],
     }
 
 

@@ -29,6 +29,8 @@ class AdamW4bit(QuantizedOptimizer):
         first_moment: "B128/DE" (the paper's) or another signed quantizer.
         quantize: False keeps fp32 moments; meant for single parameter groups.
         maximize: ascend instead of descend.
+        compensate: let the step make good what rounding the first moment would do to the parameters in later
+            steps (``maths.update.lead``); not in the paper.
         capturable: ``step()`` can be captured in a CUDA graph, after a step outside of it, and a replay is a
             step, bit for bit: the step counts lie on the parameters' device, and an lr in a tensor there
             (float32 or float64) is read there. For all groups alike; on the CPU it changes nothing.
@@ -55,6 +57,7 @@ class AdamW4bit(QuantizedOptimizer):
         first_moment: str | MomentSpec = "B128/DE",
         quantize: bool = True,
         maximize: bool = False,
+        compensate: bool = False,
         capturable: bool = False,
     ) -> None:
         defaults = {
@@ -66,6 +69,7 @@ class AdamW4bit(QuantizedOptimizer):
             "first_moment": first_moment,
             "quantize": quantize,
             "maximize": maximize,
+            "compensate": compensate,
             "capturable": capturable,
         }
         self._check_group(defaults)
@@ -78,7 +82,7 @@ class AdamW4bit(QuantizedOptimizer):
         validate.number(group, "weight_decay", 0.0, 1e6, open_end=False)
         for option, signed in self._spec_options.values():
             group[option] = str(parse_spec(group[option], signed=signed, argument=option))
-        for option in ("quantize", "maximize"):
+        for option in ("quantize", "maximize", "compensate"):
             validate.boolean(group, option)
         validate.capturable(group)
 

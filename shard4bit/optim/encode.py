@@ -15,8 +15,8 @@ from shard4bit.maths.update import SGD
 from shard4bit.spec import Factored, Full
 from shard4bit.state import Moment
 
-#: the first step of SGD: its new buffer is the gradient itself
-_COPY = {"lr": 0.0, "momentum": 0.0, "rest": 1.0, "first": 1.0, "weight_decay": 0.0, "nesterov": 0.0}
+#: of the first step of SGD: its new buffer is the gradient itself
+_COPY = SGD.scalars(dict.fromkeys(("lr", "momentum", "dampening", "weight_decay", "nesterov"), 0.0), 1)
 
 
 def encode(

@@ -16,7 +16,7 @@ from shard4bit.layout import Slab
 from shard4bit.optim import foreign
 from shard4bit.optim.base import QuantizedOptimizer
 from shard4bit.optim.encode import encode
-from shard4bit.optim.loading import OWN_OPTIONS, SPEC_OPTIONS
+from shard4bit.optim.loading import OWN_OPTIONS, RUN_OPTIONS
 from shard4bit.optim.matching import match, options_of
 from shard4bit.optim.stepping import Bound
 from shard4bit.placement import is_dtensor, to_local
@@ -189,7 +189,7 @@ def export_state(optimizer: QuantizedOptimizer) -> dict[str, Any]:
     of: dict[Tensor, list[Bound]] = {}
     for bound in optimizer.bind():
         of.setdefault(bound.param, []).append(bound)
-        others = sorted(set(bound.placed.options) - set(SPEC_OPTIONS))
+        others = sorted(set(bound.placed.options) - set(OWN_OPTIONS))
         if others:
             raise LayoutError(
                 f"{bound.placed.name} has {others} other than its flat tensor's group, which torch cannot "
@@ -203,7 +203,7 @@ def export_state(optimizer: QuantizedOptimizer) -> dict[str, Any]:
         numbers = list(range(number, number + len(group["params"])))
         number += len(numbers)
         torchs = _TORCHS[optimizer._rule(group).name]([torch.zeros(1)]).param_groups[0]
-        taken = {k: v for k, v in group.items() if k not in (*SPEC_OPTIONS, *OWN_OPTIONS)}
+        taken = {k: v for k, v in group.items() if k not in (*OWN_OPTIONS, *RUN_OPTIONS)}
         groups.append({**torchs, **taken, "params": numbers})
     return {"state": states, "param_groups": groups}
 

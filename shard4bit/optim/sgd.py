@@ -23,6 +23,8 @@ class SGD4bit(QuantizedOptimizer):
         dampening, nesterov, weight_decay, maximize: as in ``torch.optim.SGD``.
         momentum_buffer: "B128/DE" or another signed quantizer.
         quantize: False keeps an fp32 buffer.
+        compensate: let the step make good what rounding the buffer would do to the parameters in later steps
+            (``maths.update.lead``; momentum < 1); not in the paper.
         capturable: as for :class:`AdamW4bit`; on a GPU with momentum only.
 
     Raises ValueError for options of a wrong type or range; at a step, where ``capturable`` cannot be had.
@@ -42,6 +44,7 @@ class SGD4bit(QuantizedOptimizer):
         momentum_buffer: str | MomentSpec = "B128/DE",
         quantize: bool = True,
         maximize: bool = False,
+        compensate: bool = False,
         capturable: bool = False,
     ) -> None:
         defaults = {
@@ -53,6 +56,7 @@ class SGD4bit(QuantizedOptimizer):
             "momentum_buffer": momentum_buffer,
             "quantize": quantize,
             "maximize": maximize,
+            "compensate": compensate,
             "capturable": capturable,
         }
         self._check_group(defaults)
@@ -63,13 +67,18 @@ class SGD4bit(QuantizedOptimizer):
         validate.number(group, "momentum", 0.0, 1.0, open_end=False)
         validate.number(group, "dampening", 0.0, 1.0, open_end=False)
         validate.number(group, "weight_decay", 0.0, 1e6, open_end=False)
-        for option in ("nesterov", "quantize", "maximize"):
+        for option in ("nesterov", "quantize", "maximize", "compensate"):
             validate.boolean(group, option)
         validate.capturable(group)
         if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
             raise ValueError(
                 f"nesterov=True with momentum={group['momentum']} and dampening={group['dampening']}: "
                 "expected a positive momentum and no dampening"
+            )
+        if group["compensate"] and group["momentum"] == 1:
+            raise ValueError(
+                "compensate=True with momentum=1.0: an error of the buffer would never end, so that no step "
+                "can make it good; expected momentum < 1"
             )
         option, signed = self._spec_options["momentum_buffer"]
         group[option] = str(parse_spec(group[option], signed=signed, argument=option))

@@ -9,7 +9,9 @@ import torch
 
 from benchmarks.accuracy.candidates import (
     CANDIDATES,
+    EXACT,
     TABLES,
+    Candidate,
     CandidateAdamW,
     Quantizer,
     _scales,
@@ -32,7 +34,7 @@ def made(count: int = 3) -> list[torch.nn.Parameter]:
 def test_the_paper_is_the_library_bit_for_bit() -> None:
     ours, theirs = made(), made()
     library = AdamW4bit(ours, **OPTIONS)
-    candidate = CandidateAdamW(theirs, *CANDIDATES["paper"], **OPTIONS)
+    candidate = CandidateAdamW(theirs, CANDIDATES["paper"], **OPTIONS)
     for step in range(6):
         torch.manual_seed(step)
         for p, q in zip(ours, theirs, strict=True):
@@ -59,7 +61,7 @@ def test_stochastic_rounding_is_right_on_average(table: str, scale: str) -> None
     torch.manual_seed(1)
     values = torch.randn(4, 200) if min(TABLES[table]) < 0 else torch.rand(4, 200)
     quantizer, draws = Quantizer(table, scale, "stochastic"), 300
-    rounds = torch.stack([quantizer(values, key) for key in range(draws)]).double()
+    rounds = torch.stack([quantizer(values, torch.tensor(key)) for key in range(draws)]).double()
     size = _scales(values, scale)[0].double()
     inside = values >= TABLES[table][0] * size
     error = ((rounds.mean(0) - values) / size)[inside]
@@ -69,9 +71,9 @@ def test_stochastic_rounding_is_right_on_average(table: str, scale: str) -> None
 
 
 def test_random_numbers_are_by_place_and_uniform() -> None:
-    one, other = uniform((64, 1000), 5, CPU), uniform((64, 1000), 6, CPU)
-    assert torch.equal(one, uniform((64, 1000), 5, CPU)) and not torch.equal(one, other)
-    assert torch.equal(uniform((3, 1000), 5, CPU), one[:3])
+    one, other = (uniform((64, 1000), torch.tensor(key), CPU) for key in (5, 6))
+    assert torch.equal(one, uniform((64, 1000), torch.tensor(5), CPU)) and not torch.equal(one, other)
+    assert torch.equal(uniform((3, 1000), torch.tensor(5), CPU), one[:3])
     assert one.min() >= 0 and one.max() < 1
     for numbers in (one, other, (one - other) % 1):
         counts = torch.histc(numbers, 50, 0, 1)
@@ -80,9 +82,29 @@ def test_random_numbers_are_by_place_and_uniform() -> None:
     assert abs(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]) < 0.02
 
 
+def test_compensated_parameters_arrive_where_exact_ones_do() -> None:
+    """Once gradients have ended and the moments have run out, parameters lie where those with an exact first
+    moment do, however coarse its rounding was; not compensated, they do not. (eps rules the denominator, so
+    that the second moment plays no part; gradients come late, when the bias correction has ended.)"""
+    options = {**OPTIONS, "eps": 1e3, "weight_decay": 0.0, "lr": 1.0}
+    ends = {}
+    for name in ("exact", "paper", "compensated"):
+        candidate = Candidate(EXACT, EXACT) if name == "exact" else CANDIDATES[name]
+        (param,) = params = made(1)[:1]
+        optimizer = CandidateAdamW(params, candidate, **options)
+        torch.manual_seed(3)
+        for step in range(500):
+            param.grad = torch.randn_like(param) if 150 <= step < 180 else torch.zeros_like(param)
+            optimizer.step()
+        ends[name] = param.detach() - made(1)[0].detach()
+    far = (ends["paper"] - ends["exact"]).norm() / ends["exact"].norm()
+    near = (ends["compensated"] - ends["exact"]).norm() / ends["exact"].norm()
+    assert near < 0.02 < 0.1 < far, (near, far)
+
+
 def test_errors_change_nothing() -> None:
     params = made()
-    optimizer = CandidateAdamW(params, *CANDIDATES["stochastic both"], **OPTIONS)
+    optimizer = CandidateAdamW(params, CANDIDATES["stochastic both"], **OPTIONS)
     for _ in range(2):
         for p in params:
             p.grad = torch.randn_like(p)

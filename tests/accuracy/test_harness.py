@@ -113,7 +113,7 @@ def test_run_skips_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert run.main([*words, "--arms", "fp32", "--budget", "0"]) == run.LEFT_OVER
     assert not (tmp_path / "vision.csv").exists()
     assert run.main([*words, "--arms", "fp32"]) == 0
-    assert run.main([*words, "--arms", "fp32,rank1", "--dry-run"]) == 0
+    assert run.main([*words, "--arms", "fp32;rank1", "--dry-run"]) == 0
     assert "1 of 2 runs are there already" in capsys.readouterr().out
     assert len(store.read(tmp_path / "vision.csv")) == 1
 

@@ -40,6 +40,7 @@ RATES = [1e-3, 0.0, 1e5, 1e-43, torch.tensor([3e-4]), torch.tensor(2e-4, dtype=F
 SGD_GROUPS = [
     {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01, "nesterov": False},
     {"momentum": 1.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": True},
+    {"momentum": 0.9, "dampening": 0.0, "weight_decay": 0.1, "nesterov": False, "compensate": True},
 ]
 
 
@@ -78,6 +79,7 @@ def test_adamw_s_scalars_are_the_host_s(betas: tuple[float, float], maximize: bo
     decays, epsilons = [0.0, 0.1, 0.01], [1e-8, 0.0, 1.0, 1e5]
     for i, lr in enumerate(RATES):
         group = {"lr": lr, "betas": betas, "eps": epsilons[i % 4], "weight_decay": decays[i % 3]}
+        group["compensate"] = i % 2 == 1
         check_scalars(ADAMW, group, maximize)
 
 
@@ -110,9 +112,13 @@ UNUSED = 5  # the parameter that never has a gradient
 ADAMW_OPTIONS: list[dict[str, Any]] = [
     {},
     {"betas": (0.5, 0.24), "maximize": True},
-    {"eps": 1e-3, "weight_decay": 0.0},
+    {"eps": 1e-3, "weight_decay": 0.0, "compensate": True},
 ]
-SGD_OPTIONS: list[dict[str, Any]] = [{}, {"momentum": 0.5, "maximize": True}, {"weight_decay": 0.0}]
+SGD_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"momentum": 0.5, "maximize": True},
+    {"weight_decay": 0.0, "compensate": True},
+]
 MAKERS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
     "rank1": (partial(shard4bit.AdamW4bit, weight_decay=0.1), ADAMW_OPTIONS),
     "block": (partial(shard4bit.AdamW4bit, weight_decay=0.1, second_moment="block"), ADAMW_OPTIONS),
@@ -325,7 +331,7 @@ def test_launches(kind: str) -> None:
         optimizer.step()
     rule = "sgd" if kind == "sgd" else "adamw"
     assert [name for name, _ in runtime.launches] == [f"{rule}_scalars", *LAUNCHES[kind], "count_steps"]
-    assert runtime.uploads == [(2 * 24 + 2 * 64, True)]
+    assert runtime.uploads == [(2 * 24 + 2 * 72, True)]
 
 
 # ---- ranks ----

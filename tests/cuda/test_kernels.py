@@ -18,7 +18,7 @@ from shard4bit.spec import parse_spec
 from tests.cuda.emulator import ORDERS, available
 from tests.cuda.runtime import emulated
 from tests.simulate import Rank, ThreadGroup, in_threads, take
-from tests.test_invariance import adamw_scalars, bits, problems, run
+from tests.test_invariance import adamw_scalars, bits, problems, run, sgd_scalars
 
 pytestmark = pytest.mark.skipif(not available(), reason="the emulator needs g++")
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -31,22 +31,24 @@ def specs_of(first: str, second: str) -> list[Any]:
     ]
 
 
+@pytest.mark.parametrize("compensate", [False, True], ids=["plain", "compensated"])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     "names", [("B128/DE", "rank1"), ("B128/DE", "block"), ("fp32", "fp32")], ids="+".join
 )
 @QUICK
 @given(problem=problems())
-def test_adamw(names: tuple[str, str], order: int, problem: dict[str, Any]) -> None:
-    run(ADAMW, problem, specs_of(*names), adamw_scalars, backend=partial(emulated, order))
+def test_adamw(names: tuple[str, str], order: int, compensate: bool, problem: dict[str, Any]) -> None:
+    scalars = partial(adamw_scalars, compensate=compensate)
+    run(ADAMW, problem, specs_of(*names), scalars, backend=partial(emulated, order))
 
 
+@pytest.mark.parametrize("compensate", [False, True], ids=["plain", "compensated"])
 @QUICK
 @given(problem=problems())
-def test_sgd(problem: dict[str, Any]) -> None:
-    group = {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01, "nesterov": False}
+def test_sgd(compensate: bool, problem: dict[str, Any]) -> None:
     spec = parse_spec("B128/DE", signed=True, argument="momentum_buffer")
-    run(SGD, problem, [spec], lambda step: SGD.scalars(group, step), backend=emulated)
+    run(SGD, problem, [spec], partial(sgd_scalars, compensate=compensate), backend=emulated)
 
 
 @pytest.mark.parametrize("names", [("B128/DE", "rank1"), ("B128/DE", "block"), ("B128/DE", "factored")])

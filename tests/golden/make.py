@@ -184,6 +184,13 @@ CASES = {
     "adamw_decades": Case("adamw", (33, 129), decades, ADAMW | {"betas": (0.9, 0.999)}, M4, V4_RANK1),
     "adamw_subnormal": Case("adamw", (33, 129), subnormals, ADAMW | {"betas": (0.5, 0.25)}, M4, V4_RANK1),
     "adamw_nonfinite": Case("adamw", (33, 129), nonfinite, ADAMW, M4, V4_RANK1),
+    "adamw_compensated": Case(
+        "adamw", (33, 129), plain(1400, 3, 6), ADAMW | {"compensate": True}, M4, V4_RANK1
+    ),
+    "adamw_compensated_nonfinite": Case(
+        "adamw", (33, 129), nonfinite, ADAMW | {"compensate": True}, M4, V4_BLOCK
+    ),
+    "sgd_compensated": Case("sgd", (33, 130), plain(1300, 3, 6), SGD | {"compensate": True}, M4),
     "sgd_nesterov": Case("sgd", (40, 130), plain(1100, 3, 14), SGD, M4),
     "sgd_dampening_tensor": Case(
         "sgd",

@@ -90,6 +90,7 @@ def test_scalars_are_the_host_s(maximize: bool) -> None:
     for i, betas in enumerate(BETAS):
         for lr in RATES:
             group = {"lr": lr, "betas": betas, "eps": [1e-8, 0.0, 1e5][i % 3], "weight_decay": 0.1 * (i % 2)}
+            group["compensate"] = i % 2 == 0
             check_scalars(ADAMW, group, maximize, launched)
     for group in SGD_GROUPS:
         for lr in RATES:

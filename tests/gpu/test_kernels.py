@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -84,9 +85,25 @@ def test_adamw(dtype: str, second: str, special: float | None) -> None:
         compare(host, device, params, others, step)
 
 
+@pytest.mark.parametrize("special", [None, float("nan")], ids=["finite", "nan"])
+@pytest.mark.parametrize("second", ["rank1", "block"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compensated_adamw(dtype: str, second: str, special: float | None) -> None:
+    options = {"lr": 1e-2, "weight_decay": 0.1, "second_moment": second, "compensate": True}
+    host, device, params, others = pair(DTYPES[dtype], lambda p: shard4bit.AdamW4bit(p, **options))
+    for step in range(4):
+        set_grads(params, step, 1, special)
+        set_grads(others, step, 1, special)
+        host.step()
+        device.step()
+        compare(host, device, params, others, step)
+
+
+@pytest.mark.parametrize("compensate", [False, True], ids=["plain", "compensated"])
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_sgd(nesterov: bool) -> None:
+def test_sgd(nesterov: bool, compensate: bool) -> None:
     options = {"momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.01, "maximize": not nesterov}
+    options["compensate"] = compensate
     host, device, params, others = pair(torch.float32, lambda p: shard4bit.SGD4bit(p, lr=0.1, **options))
     for step in range(4):
         set_grads(params, step, 2)
@@ -138,7 +155,8 @@ def test_sharding_invariance(dtype: str, second: str, kind: str, special: str | 
     for number, shape in enumerate([(40, 384), (33, 301), (300, 128)]):
         problem = {"shape": shape, "kind": kind, **CUTS[kind], "mode": number + 1, "special": special}
         problem |= {"seed": number, "dtype": DTYPES[dtype]}
-        run(ADAMW, problem, specs, adamw_scalars, backend=on_gpu, device="cuda")
+        scalars = partial(adamw_scalars, compensate=number == 1)
+        run(ADAMW, problem, specs, scalars, backend=on_gpu, device="cuda")
 
 
 def test_factored_is_the_same_every_time() -> None:

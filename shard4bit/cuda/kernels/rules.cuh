@@ -20,15 +20,26 @@ DEVICE float new_second(const Hyper& h, float old, float grad) {
   return add(mul(old, h.c), mul(mul(grad, grad), h.d));
 }
 
+// What a compensated step moves by: new - (kept - new) ahead, in place; ``word``: the new codes.
+DEVICE void lead8(const Hyper& h, const Tables& t, u32 word, float absmax, float* first) {
+  float kept[8];
+  signed_values8(t, word, kept);
+#pragma unroll
+  for (i32 k = 0; k < 8; ++k) first[k] = sub(first[k], mul(sub(mul(kept[k], absmax), first[k]), h.ahead));
+}
+
 #if RULE == ADAMW
 // New parameters, in place. ``tame``: the second moments are in [LEAST_RADICAND, MOST]. If the numerators
 // are in their range too, root and quotient are taken without their checks; the bits are the same either way.
+// ``largest``: of the new first moments, which compensation makes at most 1 + ahead times larger, since the map
+// has a zero: rounding to the nearest entry moves no value by more than its magnitude.
 DEVICE void update8(const Hyper& h, float* param, const float* grad, const float* first,
                     const float* second, float largest, bool tame) {
   float least = magnitude(first[0]);
 #pragma unroll
   for (i32 k = 1; k < 8; ++k) least = min_number(least, magnitude(first[k]));
-  bool unchecked = tame && h.tame && mul(least, h.f) >= LEAST_NUMERATOR && mul(largest, h.f) <= MOST;
+  float most = mul(mul(largest, add(1.0f, h.ahead)), h.f);
+  bool unchecked = tame && h.tame && mul(least, h.f) >= LEAST_NUMERATOR && most <= MOST;
   if (__builtin_expect(unchecked, 1)) {
 #pragma unroll
     for (i32 k = 0; k < 8; ++k) {

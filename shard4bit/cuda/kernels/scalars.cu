@@ -4,7 +4,7 @@
 
 // What a slab's scalars follow from. The host's numpy dtype (tables.py) mirrors this, field by field.
 struct Recipe {
-  double lr;
+  double lr, ahead;   // the latter of a compensated step, else 0; without AdamW's bias correction
   double a, b, c, d;  // AdamW: beta1, beta2, eps, weight_decay; SGD: momentum, dampening, weight_decay, nesterov
   u64 lr_at;          // a tensor with the learning rate; 0: it is lr
   u64 count;          // float32: steps so far
@@ -36,6 +36,7 @@ extern "C" __global__ void adamw_scalars(const Recipe* recipes, Hyper* hypers, i
   const Recipe& r = recipes[i];
   u32 step = (u32)*(const float*)r.count + 1;
   double lr = learning_rate(r), beta1 = r.a, beta2 = r.b, eps = r.c;
+  double correction = rest_of(power(beta1, step));
   double root = __ddiv_rn(1.0, __dsqrt_rn(rest_of(power(beta2, step))));
   Hyper h;
   h.a = to_float(beta1);
@@ -43,13 +44,13 @@ extern "C" __global__ void adamw_scalars(const Recipe* recipes, Hyper* hypers, i
   h.c = to_float(beta2);
   h.d = to_float(rest_of(beta2));
   h.e = to_float(rest_of(__dmul_rn(lr, r.d)));
-  h.f = to_float(__ddiv_rn(lr, rest_of(power(beta1, step))));
+  h.f = to_float(__ddiv_rn(lr, correction));
   h.g = to_float(root);
   h.h = to_float(eps);
   h.maximize = r.maximize;
   h.first = 0;
   h.tame = beta2 >= 0.25 && root <= 16384.0 && eps <= 16384.0;
-  h.pad = 0;
+  h.ahead = to_float(__dmul_rn(r.ahead, correction));
   hypers[i] = h;
 }
 
@@ -67,7 +68,8 @@ extern "C" __global__ void sgd_scalars(const Recipe* recipes, Hyper* hypers, i32
   h.f = h.g = h.h = 0.0f;
   h.maximize = r.maximize;
   h.first = first;
-  h.tame = h.pad = 0;
+  h.tame = 0;
+  h.ahead = to_float(r.ahead);
   hypers[i] = h;
 }
 

@@ -41,7 +41,8 @@ struct Tile {
 struct Hyper {  // scalars of a rule, rounded once from float64 (maths/update.py)
   float a, b, c, d, e, f, g, h;
   i32 maximize, first;
-  i32 tame, pad;  // tame: beta2, root and eps are of usual size, see update8
+  i32 tame;     // beta2, root and eps are of usual size, see update8
+  float ahead;  // of a compensated step, else 0: see lead8
 };
 
 // The columns [low, high) of one stored row that are ours.

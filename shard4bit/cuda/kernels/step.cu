@@ -110,6 +110,8 @@ struct Row {
   }
 };
 
+#define LATE_PARAM (RULE == ADAMW)  // a staged parameter is read where it is needed, which saves registers
+
 template <bool FAST>
 DEVICE void apply_rows(const Slab& s, const Live& live, const Hyper& h, const Tables& t, const Window& w,
                        const Columns& c, Stage* stages, i32 lane_id) {
@@ -140,7 +142,7 @@ DEVICE void apply_rows(const Slab& s, const Live& live, const Hyper& h, const Ta
     }
     if (FAST) {
       if (staged) {
-        Stage::read(PARAM(), here.param, lane_id, param);
+        if (!LATE_PARAM) Stage::read(PARAM(), here.param, lane_id, param);
         Stage::read(GRAD(), here.grad, lane_id, grad);
       } else {
         load8(PARAM(), w.param_at(i), param);
@@ -194,12 +196,6 @@ DEVICE void apply_rows(const Slab& s, const Live& live, const Hyper& h, const Ta
     float v_largest = largest8(second);
     tame &= v_largest <= MOST;
 #endif
-    update8(h, param, grad, first, second, largest, tame);
-    if (FAST) {
-      if (w.on) store8(PARAM(), w.param_at(i), param);
-    } else if (lane.some()) {
-      store_lane(PARAM(), live.param, element(s, row, w.col), lane, param);
-    }
     auto finish = [&](float stat, bool is_second) {
       if (!FAST && block.shared)
         stat = ((const float*)(is_second ? s.new_v_absmax : s.new_m_absmax))[block.place];
@@ -231,6 +227,14 @@ DEVICE void apply_rows(const Slab& s, const Live& live, const Hyper& h, const Ta
 #if SECOND == BLOCKED
       store_float(FAST ? w.v_absmax_at(i) : s.v_row + 4 * block.place, v.stat);
 #endif
+    }
+    if (h.ahead != 0.0f) lead8(h, t, m_word, m.stat, first);
+    if (staged && LATE_PARAM) Stage::read(PARAM(), here.param, lane_id, param);
+    update8(h, param, grad, first, second, largest, tame);
+    if (FAST) {
+      if (w.on) store8(PARAM(), w.param_at(i), param);
+    } else if (lane.some()) {
+      store_lane(PARAM(), live.param, element(s, row, w.col), lane, param);
     }
   }
 }
