@@ -34,7 +34,12 @@ class Silent:
     def launch(self, source: str, name: str, blocks: int, threads: int, args: tuple[Any, ...]) -> None:
         self.times.append(time.perf_counter())
 
-    def upload(self, host: np.ndarray, into: torch.Tensor | None = None) -> torch.Tensor:
+    def capturing(self) -> bool:
+        return False
+
+    def upload(
+        self, host: np.ndarray, into: torch.Tensor | None = None, *, capturable: bool = False
+    ) -> torch.Tensor:
         flat = torch.from_numpy(host.view(np.uint8).reshape(-1))
         if into is None:
             return flat.clone()

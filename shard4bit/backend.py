@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from shard4bit.layout import Slab
-from shard4bit.maths.update import Rule, Scalars
+from shard4bit.maths.update import Options, Rule, Scalars
 from shard4bit.state import Moment
 
 
@@ -23,6 +23,9 @@ class Work:
         by the reduction: "row_max", "col_max", "absmax" (float32); "row_sum", "col_sum", "sum" (float64).
     links: what other ranks hold of the same rows, columns and blocks (see ``comm.Link``).
     active: whether the parameter steps; False only where no rank has a gradient.
+    count, options: of an optimizer that can be captured, on a back end that ``counts``: the number of steps
+        so far, 0-d float32 on the device, and what scalars follow from (``Rule.options``). The device then
+        computes the scalars of step count + 1 itself, and ``apply`` counts active works.
     """
 
     slab: Slab
@@ -34,6 +37,8 @@ class Work:
     links: Sequence[Any] = ()
     active: bool = True
     fresh: list[dict[str, Tensor]] = field(default_factory=list)
+    count: Tensor | None = None
+    options: Options = field(default_factory=dict)
 
 
 class Works(list[Work]):
@@ -46,7 +51,15 @@ class Works(list[Work]):
 
 
 class Backend(Protocol):
-    """measure -> reduce -> apply. Implementations hold no state of the optimizer."""
+    """measure -> reduce -> apply. Implementations hold no state of the optimizer.
+
+    counts: whether works may have their step ``count`` on the device.
+    """
+
+    counts: bool
+
+    def capturing(self) -> bool:
+        """Whether what it launches now is captured in a CUDA graph instead of being run."""
 
     def measure(self, rule: Rule, works: Works) -> None:
         """Fill ``work.fresh`` with the statistics that apply cannot know from one pass."""

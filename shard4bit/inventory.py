@@ -14,6 +14,7 @@ from shard4bit.checkpoint.manifest import Manifest
 from shard4bit.checkpoint.pieces import DTYPES, Piece
 from shard4bit.errors import CheckpointError
 from shard4bit.optim.base import Bound, QuantizedOptimizer
+from shard4bit.optim.loading import RUN_OPTIONS
 from shard4bit.placement import Placed, Source, place
 from shard4bit.rectangles import clear_others, completed, rectangles
 from shard4bit.state import Part, parts, state_key
@@ -155,7 +156,7 @@ class Inventory:
             options = {
                 key: float(value) if isinstance(value, Tensor) else value
                 for key, value in {**group, **own}.items()
-                if key not in ("params", "param_names")
+                if key not in ("params", "param_names", *RUN_OPTIONS)
             }
             out.append({"parameters": names, "options": checked_json(options)})
         return out

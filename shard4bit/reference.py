@@ -202,6 +202,11 @@ def _store_blocks(moment: Moment, fresh: dict[str, Tensor], new: Tensor, window:
 class ReferenceBackend:
     """See :class:`shard4bit.backend.Backend`."""
 
+    counts = False  # scalars are Python's
+
+    def capturing(self) -> bool:
+        return False  # nothing that a graph could replay
+
     def measure(self, rule: Rule, works: Sequence[Work]) -> None:
         for work in works:
             work.fresh = [_fresh(i, work) for i in range(len(work.moments))]

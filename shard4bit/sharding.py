@@ -90,8 +90,8 @@ class Sharding:
         out: list[tuple[Group, Neighbours]] = []
         for mesh_dim in range(self.mesh.ndim):
             dim = self._sharded_dim(mesh_dim)
-            if dim is None:
-                continue
+            if dim is None or self.mesh.size(mesh_dim) == 1:
+                continue  # not cut along this dimension
             group = TorchGroup(self.mesh.get_group(mesh_dim))
             if dim < self.view.split:
                 out.append((group, Neighbours("rows")))

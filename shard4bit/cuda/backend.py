@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from shard4bit.backend import Work, Works
 from shard4bit.cuda import tables
 from shard4bit.cuda.plan import Batch, BatchBuilder, second_of
-from shard4bit.cuda.source import DTYPES, Config, vectors_text
+from shard4bit.cuda.source import DTYPES, Config, scalars_text, vectors_text
 from shard4bit.maths.update import Rule, Scalars
 from shard4bit.reference import ReferenceBackend
 from shard4bit.state import Moment
@@ -39,8 +40,43 @@ def _pack_scalars(record: Any, work: Work, *, adamw: bool) -> None:
             record["scalars"][1] *= -1  # 1 - beta1: the only place where a gradient's sign counts
 
 
+_OPTIONS = {
+    "adamw": ("beta1", "beta2", "eps", "weight_decay"),
+    "sgd": ("momentum", "dampening", "weight_decay", "nesterov"),
+}
+
+
+def _recipe(work: Work, *, adamw: bool) -> Any:
+    """A Recipe of kernels/scalars.cu, without the address of the step count."""
+    record, options = np.zeros((), tables.RECIPE), work.options
+    for field, name in zip("abcd", _OPTIONS["adamw" if adamw else "sgd"], strict=True):
+        record[field] = options[name]
+    if isinstance(options["lr"], Tensor):
+        record["lr_at"], record["wide"] = options["lr"].data_ptr(), options["lr"].dtype == torch.float64
+    else:
+        record["lr"] = options["lr"]
+    record["ahead"], record["maximize"] = options["ahead"], work.maximize
+    return record
+
+
+def _refuse_count(work: Work) -> None:
+    """Of a work that no kernel serves."""
+    if work.count is None:
+        return
+    specs = [str(m.spec) for m in work.moments]
+    stored = f"moments stored as {specs}" if specs else "no momentum"
+    raise ValueError(
+        f"capturable=True with a parameter of shape {work.slab.view.shape} and {stored}, for which there "
+        'is no kernel: expected "B128/DE" with "rank1", "block" or "factored" (AdamW4bit), a momentum in '
+        '"B128/DE" (SGD4bit), or quantize=False'
+    )
+
+
 class KernelBackend:
-    """See :class:`shard4bit.backend.Backend`. Works that no kernel serves go to the torch reference."""
+    """See :class:`shard4bit.backend.Backend`. Works that no kernel serves go to the torch reference, but for
+    those whose step count is on the device: these are refused."""
+
+    counts = True
 
     def __init__(self, runtime: Any) -> None:
         self.runtime = runtime
@@ -53,6 +89,8 @@ class KernelBackend:
         batches, others = self._planned(rule, works)
         for batch in batches:
             self._upload(batch)
+            if batch.counts is not None:
+                self._scalars(f"{rule.name}_scalars", batch, batch.hypers)
             measured = batch.tiles["measure"]
             if batch.zeroed.numel():
                 batch.zeroed.zero_()
@@ -78,22 +116,26 @@ class KernelBackend:
                 self._step_kernel(batch, "apply", batch.tiles["apply"])
             if batch.config.second == "RANK1":
                 self._vectors("commit", batch, "vectors")
+            if batch.counts is not None:
+                self._scalars("count_steps", batch, batch.live_at.data_ptr())
         if others:
             self.reference.apply(rule, others)
 
     def decode(self, moment: Moment) -> Tensor:
         return self.reference.decode(moment)
 
+    def capturing(self) -> bool:
+        return bool(self.runtime.capturing())
+
     # ---- launches -------------------------------------------------------------------------------
 
     def _step_kernel(self, batch: Batch, name: str, tiles: tuple[Tensor, int]) -> None:
         at, count = tiles
-        live = batch.live_at.data_ptr()
         args = (
             at.data_ptr(),
             batch.slabs_at.data_ptr(),
-            live,
-            live + batch.live.nbytes,
+            batch.live_at.data_ptr(),
+            batch.hypers,
             self.code_tables.data_ptr(),
         )
         self.runtime.launch(batch.config.text, name, count, 32 * WARPS, args)
@@ -106,18 +148,31 @@ class KernelBackend:
         if live:
             args += (batch.live_at.data_ptr(),)
         if hyper:
-            args += (batch.live_at.data_ptr() + batch.live.nbytes,)
+            args += (batch.hypers,)
         if count:
             self.runtime.launch(vectors_text(), name, count, 256, args)
 
+    def _scalars(self, name: str, batch: Batch, table: int) -> None:
+        count = len(batch.works)
+        args = (batch.live_at.data_ptr() + batch.live.nbytes, table, np.int32(count))
+        self.runtime.launch(scalars_text(), name, -(-count // 128), 128, args)
+
     def _upload(self, batch: Batch) -> None:
-        """Addresses, activity and scalars of this step, in one copy."""
+        """Addresses, activity and scalars (or what the device computes them from) of this step, in one
+        copy."""
         works, live = batch.works, batch.live
         live["param"] = [w.param.data_ptr() for w in works]
         live["grad"] = [0 if w.grad is None else w.grad.data_ptr() for w in works]
         active = [w.active for w in works]
         if active != batch.active:
             live["active"] = batch.active = active
+        packed = self._hypers(batch) if batch.counts is None else self._recipes(batch)
+        joined = np.concatenate([live.view(np.uint8), packed.view(np.uint8)])
+        self.runtime.upload(joined, batch.live_at, capturable=batch.counts is not None)
+
+    def _hypers(self, batch: Batch) -> np.ndarray:
+        """One record for all works of the same scalars."""
+        works, live = batch.works, batch.live
         hypers = {(id(w.scalars), w.maximize): w for w in works}
         if len(hypers) == 1:
             live["hyper"] = 0
@@ -127,13 +182,30 @@ class KernelBackend:
         packed = np.zeros(len(hypers), tables.HYPER)
         for record, work in zip(packed, hypers.values(), strict=True):
             _pack_scalars(record, work, adamw=batch.config.rule == "ADAMW")
-        self.runtime.upload(np.concatenate([live.view(np.uint8), packed.view(np.uint8)]), batch.live_at)
+        return packed
+
+    def _recipes(self, batch: Batch) -> np.ndarray:
+        """One record a work: which of them have taken the same number of steps, only the device knows."""
+        batch.live["hyper"] = np.arange(len(batch.works))
+        adamw, made = batch.config.rule == "ADAMW", {}
+        for work in batch.works:
+            key = id(work.options), work.maximize
+            if key not in made:
+                made[key] = _recipe(work, adamw=adamw)
+        packed = np.stack([made[id(w.options), w.maximize] for w in batch.works])
+        packed["count"] = batch.counts
+        return packed
 
     # ---- plans ----------------------------------------------------------------------------------
 
     def _planned(self, rule: Rule, works: Works) -> tuple[list[Batch], Works]:
         """The batches of these works (and those that no kernel serves), made when they first come."""
         if "kernels" not in works.cache:
+            if self.runtime.capturing():
+                raise ValueError(
+                    "a capture of the first step with these gradients (which parameters have one, of which "
+                    "dtype): take such a step before the capture, as torch's warm-up does"
+                )
             works.cache["kernels"] = self._make_batches(rule, works)
         return works.cache["kernels"]
 
@@ -144,6 +216,7 @@ class KernelBackend:
             second = second_of(work)
             grad = work.grad.dtype if work.grad is not None else work.param.dtype
             if second is None:
+                _refuse_count(work)
                 others.append(work)
             else:
                 dtypes = (DTYPES[work.param.dtype], DTYPES[grad])

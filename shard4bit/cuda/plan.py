@@ -46,8 +46,10 @@ class Batch:
     config: Config
     works: list[Work]
     slabs_at: Tensor
-    live_at: Tensor
+    live_at: Tensor  # Live of each work, then what a step uploads behind: Hypers, or Recipes
     live: np.ndarray
+    hypers: int  # address of the Hypers
+    counts: np.ndarray | None  # address of each work's step count, where the device has it
     active: list[bool]  # of each work, as last uploaded
     tiles: dict[str, tuple[Tensor, int]]
     zeroed: Tensor  # workspace that measure starts from zero
@@ -104,18 +106,27 @@ class BatchBuilder:
             tiles[kind] = (self.runtime.upload(joined), len(joined))
         tiles["totals"] = (self.runtime.upload(np.array(totals, dtype=np.int32)), len(totals))
         live = np.zeros(len(self.works), tables.LIVE)
-        room = live.nbytes + len(self.works) * tables.HYPER.itemsize
+        hypers, recipes = (len(self.works) * t.itemsize for t in (tables.HYPER, tables.RECIPE))
+        counts = [work.count for work in self.works if work.count is not None]
+        assert len(counts) in (0, len(self.works))
+        live_at = self._bytes(live.nbytes + (recipes if counts else hypers))
+        computed = self._bytes(hypers if counts else 0)
         return Batch(
             config=self.config,
             works=self.works,
             slabs_at=self.runtime.upload(self.slabs),
-            live_at=torch.zeros(room, dtype=torch.uint8, device=self.runtime.device),
+            live_at=live_at,
             live=live,
+            hypers=computed.data_ptr() if counts else live_at.data_ptr() + live.nbytes,
+            counts=np.array([c.data_ptr() for c in counts], np.uint64) if counts else None,
             active=[],
             tiles=tiles,
             zeroed=pools["zeroed"],
-            keep=list(pools.values()),
+            keep=[*pools.values(), computed, *counts],
         )
+
+    def _bytes(self, size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.uint8, device=self.runtime.device)
 
     def _allocate(self) -> dict[str, Tensor]:
         dtypes = {"sums": torch.float64}

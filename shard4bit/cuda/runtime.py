@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import cupy
 import numpy as np
 import torch
+
+from shard4bit.cuda.staging import Staging
 
 
 class Runtime(Protocol):
@@ -19,8 +21,14 @@ class Runtime(Protocol):
     def launch(self, source: str, name: str, blocks: int, threads: int, args: tuple[Any, ...]) -> None:
         """Run a kernel of ``source`` on the current stream: ints are addresses, numpy scalars as typed."""
 
-    def upload(self, host: np.ndarray, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Bytes of ``host`` on the device: in new memory, or (stream-ordered) in ``into``."""
+    def upload(
+        self, host: np.ndarray, into: torch.Tensor | None = None, *, capturable: bool = False
+    ) -> torch.Tensor:
+        """Bytes of ``host`` on the device: in new memory, or (stream-ordered) in ``into``, of which every
+        replay of a capture then makes the same copy. capturable: such captures may come."""
+
+    def capturing(self) -> bool:
+        """Whether launches and copies into existing memory are now captured instead of being run."""
 
 
 class _Stream:
@@ -43,32 +51,13 @@ def _module(source: str, device: int) -> Any:
     return cupy.RawModule(code=source, options=("-std=c++17",), backend="nvrtc")
 
 
-class _Staging:
-    """A ring of pinned buffers: one is written again only after the copy from it is done."""
-
-    def __init__(self, size: int) -> None:
-        self.slots = [
-            (torch.empty(size, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)
-        ]
-        self.turn = 0
-
-    def copy(self, host: np.ndarray, into: torch.Tensor) -> None:
-        pinned, copied = self.slots[self.turn]
-        self.turn = 1 - self.turn
-        copied.synchronize()
-        flat = host.view(np.uint8).reshape(-1)
-        pinned.numpy()[: flat.size] = flat
-        into[: flat.size].copy_(pinned[: flat.size], non_blocking=True)
-        copied.record()
-
-
 class CupyRuntime:
     """One CUDA device. See :class:`Runtime`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.index = device.index if device.index is not None else torch.cuda.current_device()
-        self.staging: dict[int, _Staging] = {}
+        self.staging: dict[int, Staging] = {}
 
     def launch(self, source: str, name: str, blocks: int, threads: int, args: tuple[Any, ...]) -> None:
         function = _function(source, name, self.index)
@@ -79,13 +68,22 @@ class CupyRuntime:
             with cupy.cuda.Device(self.index):
                 function((blocks,), (threads,), args, stream=stream)
 
-    def upload(self, host: np.ndarray, into: torch.Tensor | None = None) -> torch.Tensor:
+    def upload(
+        self, host: np.ndarray, into: torch.Tensor | None = None, *, capturable: bool = False
+    ) -> torch.Tensor:
         flat = host.view(np.uint8).reshape(-1)
         if into is None:
             return torch.from_numpy(flat.copy()).to(self.device)
         staging = self.staging.get(id(into))
         if staging is None:
-            staging = self.staging[id(into)] = _Staging(into.numel())
+            pinned = partial(torch.empty, into.numel(), dtype=torch.uint8, pin_memory=True)
+            staging = self.staging[id(into)] = Staging(pinned, torch.cuda.Event)
             weakref.finalize(into, self.staging.pop, id(into), None)  # another tensor may get its id
-        staging.copy(flat, into)
+        staging.copy(flat, into, capturable=capturable, capturing=capturable and self.capturing())
         return into
+
+    def capturing(self) -> bool:
+        if torch.cuda.current_device() == self.index:
+            return torch.cuda.is_current_stream_capturing()
+        with torch.cuda.device(self.index):
+            return torch.cuda.is_current_stream_capturing()

@@ -47,6 +47,11 @@ def vectors_text() -> str:
     return _joined(*HEADERS, "vectors.cu")
 
 
+def scalars_text() -> str:
+    """The source of the kernels that compute a step's scalars on the device, and count."""
+    return _joined(*HEADERS, "scalars.cu")
+
+
 @lru_cache(maxsize=8)
 def _joined(*names: str) -> str:
     folder = files("shard4bit.cuda") / "kernels"

@@ -35,6 +35,11 @@ HYPER = np.dtype(
         ("ahead", np.float32),
     ]
 )
+RECIPE = np.dtype(
+    [(name, np.float64) for name in ("lr", "ahead", "a", "b", "c", "d")]
+    + [(name, np.uint64) for name in ("lr_at", "count")]
+    + [(name, np.int32) for name in ("wide", "maximize")]
+)
 BIN_SCALE = 63
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 Scalars = Mapping[str, float]
+Options = Mapping[str, Any]  # numbers, and "lr", which may be a tensor
 
 
 def power(base: float, exponent: int) -> float:
@@ -43,7 +44,10 @@ class Rule:
     """An optimizer's mathematics.
 
     moments: names of the moments, in the order of all sequences below.
+    options: (param_group) -> what the scalars follow from, as floats; "lr" as it is, a number or a tensor.
     scalars: (param_group, step count after this step) -> the rule's scalars. "ahead": see :func:`lead`.
+        cuda/kernels/scalars.cu does the same, operation by operation, from options where the step count lies
+        on the device.
     advance: (index, old moment, gradient, parameter, scalars) -> new moment; may overwrite the old one.
         All tensors float32 of one shape.
     apply: (parameter, gradient, new moments, scalars) -> new parameter; may overwrite the parameter only.
@@ -51,6 +55,7 @@ class Rule:
 
     name: str
     moments: tuple[str, ...]
+    options: Callable[[Mapping[str, Any]], Options]
     scalars: Callable[[Mapping[str, Any], int], Scalars]
     advance: Callable[[int, Tensor, Tensor, Tensor, Scalars], Tensor]
     apply: Callable[[Tensor, Tensor, Sequence[Tensor], Scalars], Tensor]
@@ -70,20 +75,26 @@ def _ahead(group: Mapping[str, Any], decay: float) -> float:
     return decay / (1.0 - decay) if group.get("compensate") else 0.0
 
 
-def _adamw_scalars(group: Mapping[str, Any], step: int) -> Scalars:
+def _adamw_options(group: Mapping[str, Any]) -> Options:
     beta1, beta2 = (float(b) for b in group["betas"])
-    lr = float(group["lr"])
+    rest = {key: float(group[key]) for key in ("eps", "weight_decay")}
+    return {"lr": group["lr"], "beta1": beta1, "beta2": beta2, **rest, "ahead": _ahead(group, beta1)}
+
+
+def _adamw_scalars(group: Mapping[str, Any], step: int) -> Scalars:
+    options = _adamw_options(group)
+    lr, beta1, beta2 = float(options["lr"]), options["beta1"], options["beta2"]
     correction = 1.0 - power(beta1, step)
     return {
         "beta1": beta1,
         "rest1": 1.0 - beta1,
         "beta2": beta2,
         "rest2": 1.0 - beta2,
-        "keep": 1.0 - lr * float(group["weight_decay"]),
+        "keep": 1.0 - lr * options["weight_decay"],
         "step_size": lr / correction,
         "root": 1.0 / math.sqrt(1.0 - power(beta2, step)),
-        "eps": float(group["eps"]),
-        "ahead": _ahead(group, beta1) * correction,
+        "eps": options["eps"],
+        "ahead": options["ahead"] * correction,
     }
 
 
@@ -99,19 +110,26 @@ def _adamw_apply(param: Tensor, grad: Tensor, news: Sequence[Tensor], h: Scalars
     return param.mul_(h["keep"]).sub_((first * h["step_size"]).div_(denominator))
 
 
-ADAMW = Rule("adamw", ("exp_avg", "exp_avg_sq"), _adamw_scalars, _adamw_advance, _adamw_apply)
+ADAMW = Rule("adamw", ("exp_avg", "exp_avg_sq"), _adamw_options, _adamw_scalars, _adamw_advance, _adamw_apply)
+
+
+def _sgd_options(group: Mapping[str, Any]) -> Options:
+    names = ("momentum", "dampening", "weight_decay", "nesterov")
+    options = {key: float(group[key]) for key in names}
+    return {"lr": group["lr"], **options, "ahead": _ahead(group, options["momentum"])}
 
 
 def _sgd_scalars(group: Mapping[str, Any], step: int) -> Scalars:
+    options = _sgd_options(group)
     first = step == 1  # torch.optim.SGD starts the buffer with the gradient itself
     return {
-        "lr": float(group["lr"]),
-        "momentum": float(group["momentum"]),
-        "rest": 1.0 if first else 1.0 - float(group["dampening"]),
+        "lr": float(options["lr"]),
+        "momentum": options["momentum"],
+        "rest": 1.0 if first else 1.0 - options["dampening"],
         "first": float(first),
-        "weight_decay": float(group["weight_decay"]),
-        "nesterov": float(group["nesterov"]),
-        "ahead": _ahead(group, float(group["momentum"])),
+        "weight_decay": options["weight_decay"],
+        "nesterov": options["nesterov"],
+        "ahead": options["ahead"],
     }
 
 
@@ -133,5 +151,5 @@ def _sgd_apply(param: Tensor, grad: Tensor, news: Sequence[Tensor], h: Scalars) 
     return param.sub_(direction * h["lr"])
 
 
-SGD = Rule("sgd", ("momentum_buffer",), _sgd_scalars, _sgd_advance, _sgd_apply)
-PLAIN_SGD = Rule("sgd", (), _sgd_scalars, _sgd_advance, _sgd_apply)
+SGD = Rule("sgd", ("momentum_buffer",), _sgd_options, _sgd_scalars, _sgd_advance, _sgd_apply)
+PLAIN_SGD = Rule("sgd", (), _sgd_options, _sgd_scalars, _sgd_advance, _sgd_apply)

@@ -31,12 +31,16 @@ class AdamW4bit(QuantizedOptimizer):
         maximize: ascend instead of descend.
         compensate: let the step make good what rounding the first moment would do to the parameters in later
             steps (``maths.update.lead``); not in the paper.
+        capturable: ``step()`` can be captured in a CUDA graph, after a step outside of it, and a replay is a
+            step, bit for bit: the step counts lie on the parameters' device, and an lr in a tensor there
+            (float32 or float64) is read there. For all groups alike; on the CPU it changes nothing.
 
-    Every option may be given per group. Matrices (two or more dimensions) of more than 4096 elements are
-    quantized; all else keeps fp32 moments. Parameters in bf16 or fp16 without fp32 master weights round
+    Every other option may be given per group. Matrices (two or more dimensions) of more than 4096 elements
+    are quantized; all else keeps fp32 moments. Parameters in bf16 or fp16 without fp32 master weights round
     small updates away, here as in every optimizer.
 
-    Raises ValueError for options of a wrong type or range.
+    Raises ValueError for options of a wrong type or range; at a step, where ``capturable`` cannot be had
+    (several devices, states without kernels, captures of sharded parameters).
     """
 
     _spec_options = {"exp_avg": ("first_moment", True), "exp_avg_sq": ("second_moment", False)}
@@ -54,6 +58,7 @@ class AdamW4bit(QuantizedOptimizer):
         quantize: bool = True,
         maximize: bool = False,
         compensate: bool = False,
+        capturable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -65,6 +70,7 @@ class AdamW4bit(QuantizedOptimizer):
             "quantize": quantize,
             "maximize": maximize,
             "compensate": compensate,
+            "capturable": capturable,
         }
         self._check_group(defaults)
         super().__init__(params, defaults)
@@ -78,6 +84,7 @@ class AdamW4bit(QuantizedOptimizer):
             group[option] = str(parse_spec(group[option], signed=signed, argument=option))
         for option in ("quantize", "maximize", "compensate"):
             validate.boolean(group, option)
+        validate.capturable(group)
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         return ADAMW

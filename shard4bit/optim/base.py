@@ -16,9 +16,10 @@ from shard4bit.errors import LayoutError, StateError
 from shard4bit.log import log
 from shard4bit.maths.update import Rule
 from shard4bit.optim import loading, validate
-from shard4bit.optim.gathering import gathered, ungathered
+from shard4bit.optim.capture import Counts
+from shard4bit.optim.gathering import check_shown, gathered, ungathered
 from shard4bit.optim.report import Report, report
-from shard4bit.optim.stepping import Bound, StepPlan
+from shard4bit.optim.stepping import Bound, StepPlan, keep_compiler_out, refuse_first
 from shard4bit.optim.summary import summary
 from shard4bit.placement import Placed, is_dtensor, place, refuse_stale, to_local
 from shard4bit.spec import Full, MomentSpec, is_quantized, parse_spec
@@ -45,8 +46,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Nothing is bound; states in ``self.state`` will be taken up again."""
+        keep_compiler_out(QuantizedOptimizer)
         self._bound: dict[Tensor, list[Bound]] = {}
-        self._steps = torch.zeros(0)
+        self._counts = Counts(captured=vars(self).get("_counts", Counts()).captured)
         self._plans: dict[Any, StepPlan] = {}
 
     # ---- what a subclass says -------------------------------------------------------------------
@@ -74,6 +76,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         try:
             validate.no_unknown_keys(group, self.defaults)
             self._check_group(group)
+            validate.same("capturable", group, self.param_groups[0])
             for param in group["params"]:
                 validate.parameter(param)
         except ValueError:
@@ -89,6 +92,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("capturable", False)
         self._forget()
 
     # ---- binding --------------------------------------------------------------------------------
@@ -131,7 +136,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                         self._bind(param, placed, group) for placed in self._place(param, name)
                     ]
                 out += self._bound.get(param, [])
-        if len(self._steps) != sum(map(len, self._bound.values())):
+        if len(self._counts.vector) != sum(map(len, self._bound.values())):
             self._gather_steps()
         return out
 
@@ -141,17 +146,16 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         if not any(bound.step for param in gone for bound in self._bound[param]):
             for param in gone:
                 del self._bound[param], self.state[param]
-            self._steps = torch.zeros(0)  # gathered anew for what takes their place
+            self._counts.vector = torch.zeros(0)  # gathered anew for what takes their place
         elif len(gone) == len(self._bound) and all(map(is_dtensor, params)):
             raise LayoutError("sharded parameters replaced those with states: shard before steps and loads")
 
     def _gather_steps(self) -> None:
-        """Make all step counts elements of one vector, so that a step reads and advances it at once."""
+        """Of all that is bound. Plans hold the earlier vector."""
         every = [bound for found in self._bound.values() for bound in found]
-        self._steps = torch.stack([bound.step for bound in every])
+        self._counts.gather(every, self.param_groups[0]["capturable"])
         self._plans.clear()
-        for row, bound in enumerate(every):
-            bound.row, bound.step = row, self._steps[row]
+        for bound in every:
             self.state[bound.param][bound.placed.prefix + "step"] = bound.step
         log.info("%s: states of %d parameters made", type(self).__name__, len(every))
 
@@ -195,8 +199,13 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._plan().run()
+        self._uncompiled_update()
         return loss
+
+    def _update(self) -> None:
+        self._plan().run()
+
+    _uncompiled_update = _update  # until keep_compiler_out
 
     def _plan(self) -> StepPlan:
         """The plan of the parameters now in the groups (ZeRO steps one group at a time)."""
@@ -204,6 +213,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             (id(g), *map(id, g["params"]), *map(_REQUIRES_GRAD, g["params"])) for g in self.param_groups
         )
         if key not in self._plans:
+            refuse_first(self.param_groups)
             self.bind()
             if len(self._plans) >= 16:  # of parameters frozen and thawed in ever new ways
                 self._plans.clear()
@@ -213,7 +223,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 for p in g["params"]
                 for b in self._bound.get(p, ())
             ]
-            self._plans[key] = StepPlan(members, self._steps, self._rule)
+            self._plans[key] = StepPlan(members, self._counts, self._rule)
         return self._plans[key]
 
     # ---- reading and state_dict -----------------------------------------------------------------
@@ -246,15 +256,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's, with the packed states. Collective where columns are cut within blocks. Raises
         LayoutError, on all ranks, where a column cut does not allow codes to be DTensors."""
-        for bound in self.bind():
-            for moment in bound.moments:
-                for part in parts(moment.spec):
-                    why = bound.placed.obstacle(part)
-                    if why is not None:
-                        raise LayoutError(
-                            f"{why}, so state_dict() cannot give it: save with shard4bit.save(root, model, "
-                            "optimizer, step=...) and resume with shard4bit.load, on any number of ranks"
-                        )
+        check_shown(self.bind())
         out = super().state_dict()
         number = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
         for param, entries in gathered(self.bind()).items():

@@ -16,7 +16,7 @@ from shard4bit.layout import Slab
 from shard4bit.optim import foreign
 from shard4bit.optim.base import QuantizedOptimizer
 from shard4bit.optim.encode import encode
-from shard4bit.optim.loading import OWN_OPTIONS
+from shard4bit.optim.loading import OWN_OPTIONS, RUN_OPTIONS
 from shard4bit.optim.matching import match, options_of
 from shard4bit.optim.stepping import Bound
 from shard4bit.placement import is_dtensor, to_local
@@ -203,7 +203,7 @@ def export_state(optimizer: QuantizedOptimizer) -> dict[str, Any]:
         numbers = list(range(number, number + len(group["params"])))
         number += len(numbers)
         torchs = _TORCHS[optimizer._rule(group).name]([torch.zeros(1)]).param_groups[0]
-        taken = {k: v for k, v in group.items() if k not in OWN_OPTIONS}
+        taken = {k: v for k, v in group.items() if k not in (*OWN_OPTIONS, *RUN_OPTIONS)}
         groups.append({**torchs, **taken, "params": numbers})
     return {"state": states, "param_groups": groups}
 

@@ -8,8 +8,23 @@ from typing import Any
 
 from torch import Tensor
 
+from shard4bit.errors import LayoutError
 from shard4bit.optim.stepping import Bound
 from shard4bit.state import parts, state_key
+
+
+def check_shown(bounds: Iterable[Bound]) -> None:
+    """Raise LayoutError, on all ranks, for states that state_dict() can give neither as they lie nor
+    gathered."""
+    for bound in bounds:
+        for moment in bound.moments:
+            for part in parts(moment.spec):
+                why = bound.placed.obstacle(part)
+                if why is not None:
+                    raise LayoutError(
+                        f"{why}, so state_dict() cannot give it: save with shard4bit.save(root, model, "
+                        "optimizer, step=...) and resume with shard4bit.load, on any number of ranks"
+                    )
 
 
 def gathered(bounds: Iterable[Bound]) -> dict[Tensor, dict[str, Tensor]]:

@@ -14,6 +14,8 @@ from shard4bit.placement import is_dtensor, to_local
 
 SPEC_OPTIONS = ("quantize", "first_moment", "second_moment", "momentum_buffer")
 OWN_OPTIONS = (*SPEC_OPTIONS, "compensate")  # that torch's optimizers do not have
+#: how an optimizer runs, not what it computes: never taken from or told to another one
+RUN_OPTIONS = ("capturable",)
 
 
 def shallow_copy(state_dict: Any) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def adopt_options(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
     """Take a saved group's options; the parameters (and their names, if ours have some) stay ours."""
     names = group.get("param_names")
     for key, value in saved.items():
-        if key != "params":
+        if key != "params" and key not in RUN_OPTIONS:
             group[key] = value
     if names is not None:
         group["param_names"] = names

@@ -12,7 +12,7 @@ from torch import Tensor
 from shard4bit.errors import StateError
 from shard4bit.optim import foreign
 from shard4bit.optim.base import QuantizedOptimizer
-from shard4bit.optim.loading import SPEC_OPTIONS
+from shard4bit.optim.loading import RUN_OPTIONS, SPEC_OPTIONS
 
 
 @dataclass
@@ -103,7 +103,7 @@ def options_of(optimizer: QuantizedOptimizer, matching: Matching) -> list[dict[s
             "the source's parameter groups are cut otherwise than this optimizer's: import with "
             "hyperparameters=False, which keeps this optimizer's options"
         )
-    known = [key for key in optimizer.defaults if key not in SPEC_OPTIONS]
+    known = [key for key in optimizer.defaults if key not in (*SPEC_OPTIONS, *RUN_OPTIONS)]
     out = []
     for number, (group, theirs) in enumerate(zip(optimizer.param_groups, matching.groups, strict=True)):
         options = foreign.options(theirs, known, f"parameter group {number}")

@@ -25,8 +25,9 @@ class SGD4bit(QuantizedOptimizer):
         quantize: False keeps an fp32 buffer.
         compensate: let the step make good what rounding the buffer would do to the parameters in later steps
             (``maths.update.lead``; momentum < 1); not in the paper.
+        capturable: as for :class:`AdamW4bit`; on a GPU with momentum only.
 
-    Raises ValueError for options of a wrong type or range.
+    Raises ValueError for options of a wrong type or range; at a step, where ``capturable`` cannot be had.
     """
 
     _spec_options = {"momentum_buffer": ("momentum_buffer", True)}
@@ -44,6 +45,7 @@ class SGD4bit(QuantizedOptimizer):
         quantize: bool = True,
         maximize: bool = False,
         compensate: bool = False,
+        capturable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -55,6 +57,7 @@ class SGD4bit(QuantizedOptimizer):
             "quantize": quantize,
             "maximize": maximize,
             "compensate": compensate,
+            "capturable": capturable,
         }
         self._check_group(defaults)
         super().__init__(params, defaults)
@@ -66,6 +69,7 @@ class SGD4bit(QuantizedOptimizer):
         validate.number(group, "weight_decay", 0.0, 1e6, open_end=False)
         for option in ("nesterov", "quantize", "maximize", "compensate"):
             validate.boolean(group, option)
+        validate.capturable(group)
         if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
             raise ValueError(
                 f"nesterov=True with momentum={group['momentum']} and dampening={group['dampening']}: "

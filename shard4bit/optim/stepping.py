@@ -15,7 +15,8 @@ from shard4bit.comm import Link, Reduction
 from shard4bit.dispatch import backend_for
 from shard4bit.errors import StateError
 from shard4bit.maths.update import Rule, Scalars
-from shard4bit.optim import validate
+from shard4bit.optim import capture, validate
+from shard4bit.optim.capture import Counts
 from shard4bit.placement import Placed
 from shard4bit.state import Moment
 
@@ -29,7 +30,7 @@ class Bound:
     rule: Rule
     moments: list[Moment]
     links: tuple[Link, ...]
-    step: Tensor  # 0-d float32 on the CPU, an element of the optimizer's one vector: updates so far
+    step: Tensor  # 0-d float32, an element of the optimizer's one vector: updates so far
     row: int  # of that vector
     work: Work
     own: bool = False  # whether ``work.param`` is the parameter's own memory, not a dense copy
@@ -74,21 +75,50 @@ class Bound:
             self.work.param = self.placed.data()
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a step of parameters on ``device`` would now be captured in a CUDA graph, not run."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return True  # without making a back end, which a capture does not allow
+    try:
+        return backend_for(device).capturing()
+    except Exception:  # the step will meet it again, and tell the other ranks
+        return False
+
+
+def refuse_first(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError if a capture is going on, in which no states may be made."""
+    if any(capturing(param.device) for group in groups for param in group["params"][:1]):
+        raise ValueError(
+            "a capture of the first step with these parameters: take one or more steps before the capture, "
+            "as torch's warm-up does"
+        )
+
+
+def keep_compiler_out(cls: Any) -> None:
+    """Make a compiled training loop call the optimizer's update as it is instead of tracing it: tables of
+    addresses and raw launches are nothing to trace. (When the first optimizer is made, not on import,
+    because it imports torch._dynamo, for a second; torch's own constructor does so too.)"""
+    if cls._uncompiled_update is cls._update:
+        cls._uncompiled_update = torch.compiler.disable(cls._update)
+
+
 class StepPlan:
     """The steps of one list of parameters.
 
-    members: (parameter, group) in order; steps: the vector of step counts; rule_of: the rule that a
-    group's options ask for now.
+    members: (parameter, group) in order; counts: the step counts; rule_of: the rule that a group's options
+    ask for now.
     """
 
     def __init__(
         self,
         members: Sequence[tuple[Bound, Mapping[str, Any]]],
-        steps: Tensor,
+        counts: Counts,
         rule_of: Callable[[Mapping[str, Any]], Rule],
     ) -> None:
         self.members, self.bounds = members, [bound for bound, _ in members]
-        self.steps, self.rule_of = steps, rule_of
+        self.counts, self.steps, self.rule_of = counts, counts.vector, rule_of
+        self.device = self.bounds[0].work.param.device if members else torch.device("cpu")
+        self.capturing = self.on_device = False  # of the step; the latter: see ``Counts.on_device``
         kinds: dict[tuple[int, int], tuple[Mapping[str, Any], Rule, list[tuple[Work, int]]]] = {}
         for bound, group in members:
             key = (id(group), id(bound.rule))
@@ -105,11 +135,17 @@ class StepPlan:
         self.reduction = Reduction([])
 
     def run(self) -> None:
+        self.capturing = capturing(self.device)
+        if self.capturing:
+            self.counts.check_capture(backend_for(self.device), self.bounds)
         try:
             self._run()
         finally:
             for bound in self.bounds:
                 bound.release()
+        if self.capturing:
+            rates = [group["lr"] for group, _, _ in self.kinds]
+            self.counts.captured.append((self.batches, self.steps, rates))
 
     def _run(self) -> None:
         failure = self._gather()
@@ -140,7 +176,11 @@ class StepPlan:
         else:
             failure = self._look(grads, failure)
         try:
-            self._scale()
+            self.on_device = self.counts.on_device(backend_for(self.device))
+            if self.on_device:
+                self._describe()
+            else:
+                self._scale()
         except Exception as error:
             failure = failure or error
         return failure
@@ -191,7 +231,17 @@ class StepPlan:
                 work.scalars = known[count]
                 work.maximize = group["maximize"]
 
+    def _describe(self) -> None:
+        """Give every work what the device computes its scalars from. Raises ValueError."""
+        for group, rule, members in self.kinds:
+            self._check_rule(rule, group)
+            lr = capture.rate(group["lr"], self.device, capturing=self.capturing)
+            options = {**rule.options(group), "lr": lr}
+            for work, _ in members:
+                work.options, work.maximize = options, group["maximize"]
+
     def _check_rule(self, rule: Rule, group: Mapping[str, Any]) -> None:
+        self.counts.check_group(group)
         lacking = set(self.rule_of(group).moments) - set(rule.moments)
         if lacking:
             raise ValueError(
@@ -213,7 +263,7 @@ class StepPlan:
 
     def _finish(self) -> None:
         """Count the step and write back what is not dense."""
-        stepped = [b.row for b in self.taking if b.work.active]
+        stepped = [] if self.on_device else [b.row for b in self.taking if b.work.active]
         if len(stepped) == len(self.steps):
             self.steps.add_(1.0)
         elif stepped:

@@ -15,8 +15,9 @@ from shard4bit.errors import LayoutError
 from shard4bit.placement import is_dtensor
 
 #: options of torch's optimizers that would change what they compute, and that ours do not have
-UNSUPPORTED = ("amsgrad", "capturable", "differentiable", "foreach", "fused", "decoupled_weight_decay")
+UNSUPPORTED = ("amsgrad", "differentiable", "foreach", "fused", "decoupled_weight_decay")
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+RATE_DTYPES = (torch.float32, torch.float64)
 
 
 def number(group: Mapping[str, Any], name: str, low: float, high: float, *, open_end: bool) -> None:
@@ -45,6 +46,38 @@ def betas(group: Mapping[str, Any]) -> None:
 def boolean(group: Mapping[str, Any], name: str) -> None:
     if not isinstance(group[name], bool):
         raise ValueError(f"{name}={group[name]!r}: expected True or False")
+
+
+def same(name: str, group: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    """Check an option that all groups have alike."""
+    if group[name] != first[name]:
+        raise ValueError(
+            f"a parameter group has {name}={group[name]!r}, the first one {first[name]!r}: give it to the "
+            "optimizer's constructor, for all groups"
+        )
+
+
+def capturable(group: Mapping[str, Any]) -> None:
+    """Check the option, and what it asks of the others."""
+    boolean(group, "capturable")
+    if not group["capturable"]:
+        return
+    for key in ("betas", "eps", "weight_decay", "momentum", "dampening"):
+        given = group.get(key, ())
+        if any(isinstance(x, Tensor) for x in (given if isinstance(given, tuple | list) else (given,))):
+            raise ValueError(
+                f"{key}={given!r} with capturable=True: expected numbers; only lr may be a tensor"
+            )
+    rate(group["lr"])
+
+
+def rate(lr: Any) -> None:
+    """Check a learning rate that the device may have to read."""
+    if isinstance(lr, Tensor) and (lr.numel() != 1 or lr.dtype not in RATE_DTYPES):
+        raise ValueError(
+            f"lr of shape {tuple(lr.shape)} and dtype {lr.dtype} with capturable=True: expected a number, or "
+            "a tensor of one element, float32 or float64"
+        )
 
 
 def no_unknown_keys(group: Mapping[str, Any], known: Mapping[str, Any]) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shard4bit.cuda.backend import KernelBackend
+from shard4bit.cuda.staging import Staging
 from shard4bit.optim import stepping
 from tests.cuda.emulator import ASCENDING, Module
 from tests.test_invariance import bits
@@ -19,28 +23,80 @@ from tests.test_invariance import bits
 _LOCK = threading.Lock()  # the emulator runs one launch at a time; simulated ranks are threads
 
 
+class Graph(TorchDispatchMode):
+    """As ``torch.cuda.graph``: what a step does on the device while this is entered, by launches and by
+    torch's operations, is done again by ``replay``. (Not done now: launches. torch's operations have to give
+    tensors, so they are run now, and replayed into these.)"""
+
+    def __init__(self, runtime: EmulatorRuntime) -> None:
+        super().__init__()
+        self.runtime, self.work = runtime, list[Callable[[], Any]]()
+
+    def __enter__(self) -> Any:
+        self.runtime.graph = self
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.runtime.graph = None
+        super().__exit__(*exception)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not func.is_view:
+            self.work.append(lambda: out.copy_(func(*args, **(kwargs or {}))))
+        return out
+
+    def replay(self) -> None:
+        for act in self.work:
+            act()
+
+
+class NoEvent:
+    """Copies are done when they return."""
+
+    def record(self) -> None: ...
+    def synchronize(self) -> None: ...
+
+
 class EmulatorRuntime:
     """See ``shard4bit.cuda.runtime.Runtime``. ``launches`` records (kernel, thread blocks),
-    ``uploads`` (bytes, into existing memory)."""
+    ``uploads`` (bytes, into existing memory). ``graph``: the capture that is going on."""
 
     def __init__(self, order: int = ASCENDING, sanitize: bool = False) -> None:
         self.device = torch.device("cpu")
         self.order, self.sanitize = order, sanitize
         self.launches: list[tuple[str, int]] = []
         self.uploads: list[tuple[int, bool]] = []
+        self.graph: Graph | None = None
+        self.staging: dict[int, Staging] = {}
+
+    def capturing(self) -> bool:
+        return self.graph is not None
 
     def launch(self, source: str, name: str, blocks: int, threads: int, args: tuple[Any, ...]) -> None:
+        if self.graph is not None:
+            self.graph.work.append(lambda: self.launch(source, name, blocks, threads, args))
+            return
         with _LOCK:
             kernel = Module(source, sanitize=self.sanitize).get_function(name)
             kernel(blocks, threads, args, order=self.order)
             self.launches.append((name, blocks))
 
-    def upload(self, host: np.ndarray, into: torch.Tensor | None = None) -> torch.Tensor:
-        flat = torch.from_numpy(host.view(np.uint8).reshape(-1).copy())
-        self.uploads.append((flat.numel(), into is not None))
+    def upload(
+        self, host: np.ndarray, into: torch.Tensor | None = None, *, capturable: bool = False
+    ) -> torch.Tensor:
+        flat = host.view(np.uint8).reshape(-1)
+        self.uploads.append((flat.size, into is not None))
         if into is None:
-            return flat
-        into[: flat.numel()] = flat
+            assert self.graph is None, "memory is allocated and filled while capturing"
+            return torch.from_numpy(flat.copy())
+        if id(into) not in self.staging:
+            room = partial(torch.full, into.shape, 255, dtype=torch.uint8)
+            self.staging[id(into)] = Staging(room, NoEvent)
+            weakref.finalize(into, self.staging.pop, id(into), None)
+        self.staging[id(into)].copy(flat, into, capturable=capturable, capturing=self.capturing())
         return into
 
 

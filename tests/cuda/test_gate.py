@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from shard4bit.cuda.source import Config, vectors_text
+from shard4bit.cuda.source import Config, scalars_text, vectors_text
 from tests.cuda import nvrtc
 from tests.cuda.test_nvrtc import INDEXED, SPILLS
 
@@ -88,6 +88,12 @@ def test_other_configurations_on_other_gpus(arch: str) -> None:
 def test_vectors(arch: str) -> None:
     kernels = ("commit", "gather_sums", "total", "advance_means")
     assert violations(vectors_text(), arch, dict.fromkeys(kernels, VECTORS)) == []
+
+
+@pytest.mark.parametrize("arch", nvrtc.ARCHITECTURES)
+def test_scalars(arch: str) -> None:
+    kernels = ("adamw_scalars", "sgd_scalars", "count_steps")
+    assert violations(scalars_text(), arch, dict.fromkeys(kernels, VECTORS)) == []
 
 
 def test_the_gate_can_fail() -> None:

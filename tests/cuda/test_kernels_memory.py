@@ -54,8 +54,8 @@ class GuardedRuntime(EmulatorRuntime):
         super().__init__(SHUFFLED)
         self.at = at
 
-    def upload(self, host: Any, into: torch.Tensor | None = None) -> torch.Tensor:
-        flat = super().upload(host, into)
+    def upload(self, host: Any, into: torch.Tensor | None = None, **how: Any) -> torch.Tensor:
+        flat = super().upload(host, into, **how)
         return guard(flat, self.at) if into is None else flat
 
 
