@@ -10,8 +10,18 @@ from torch import Tensor
 
 from shard4bit.backend import Work, Works
 from shard4bit.cuda import tables
-from shard4bit.cuda.plan import Batch, BatchBuilder, second_of
-from shard4bit.cuda.source import DTYPES, Config, scalars_text, vectors_text
+from shard4bit.cuda.plan import (
+    FIRST,
+    FIRST_FIELDS,
+    SECOND_FIELDS,
+    Batch,
+    BatchBuilder,
+    describe_moment,
+    describe_slab,
+    kind_of_second,
+    second_of,
+)
+from shard4bit.cuda.source import DTYPES, Config, decode_text, scalars_text, vectors_text
 from shard4bit.maths.update import Rule, Scalars
 from shard4bit.reference import ReferenceBackend
 from shard4bit.state import Moment
@@ -122,7 +132,19 @@ class KernelBackend:
             self.reference.apply(rule, others)
 
     def decode(self, moment: Moment) -> Tensor:
-        return self.reference.decode(moment)
+        first, second = moment.spec == FIRST, kind_of_second(moment.spec)
+        slab = moment.slab
+        if not (first or second) or slab.numel == 0:
+            return self.reference.decode(moment)
+        slabs, tiles = np.zeros(1, tables.SLAB), tables.matrix_tiles(0, slab)
+        describe_slab(slabs[0], slab)
+        describe_moment(slabs[0], moment, FIRST_FIELDS if first else SECOND_FIELDS)
+        slabs_at, tiles_at = self.runtime.upload(slabs), self.runtime.upload(tiles)
+        out = torch.empty(slab.numel, dtype=torch.float32, device=self.runtime.device)
+        args = (tiles_at.data_ptr(), slabs_at.data_ptr(), self.code_tables.data_ptr(), out.data_ptr())
+        text = decode_text(None if first else second)
+        self.runtime.launch(text, "decode", len(tiles), 32 * WARPS, args)
+        return out
 
     def capturing(self) -> bool:
         return bool(self.runtime.capturing())

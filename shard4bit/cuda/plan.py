@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor
 from shard4bit.backend import Work
 from shard4bit.cuda import tables
 from shard4bit.cuda.source import Config
-from shard4bit.spec import Factored, Full, QuantSpec
+from shard4bit.layout import Slab
+from shard4bit.spec import Factored, Full, MomentSpec, QuantSpec
+from shard4bit.state import Moment
 
 _SECONDS = {"rank1": "RANK1", "block": "BLOCKED"}
 
@@ -25,18 +28,47 @@ def second_of(work: Work) -> str | None:
         return None
     if all(isinstance(s, Full) for s in specs):
         return ""
-    if specs[0] != QuantSpec(signed=True):
+    if specs[0] != FIRST:
         return None
-    if len(specs) == 1:
-        return "NONE"
-    second = specs[1]
-    if isinstance(second, Factored):
+    return "NONE" if len(specs) == 1 else kind_of_second(specs[1])
+
+
+def kind_of_second(spec: MomentSpec) -> str | None:
+    """How the kernels treat a second moment: one of ``source.SECONDS``, or None where none serves it."""
+    if isinstance(spec, Factored):
         return "FACTORED"
-    if isinstance(second, QuantSpec) and second == QuantSpec(
-        norm=second.norm, mapping="linear", signed=False
-    ):
-        return _SECONDS.get(second.norm)
+    if isinstance(spec, QuantSpec) and spec == QuantSpec(norm=spec.norm, mapping="linear", signed=False):
+        return _SECONDS.get(spec.norm)
     return None
+
+
+#: the first moment that the kernels serve
+FIRST = QuantSpec(signed=True)
+
+#: suffixes of a moment's tensors -> their fields in the slab table
+FIRST_FIELDS = {"codes": "m_codes", "absmax": "m_absmax"}
+SECOND_FIELDS = {
+    "codes": "v_codes",
+    "absmax": "v_row",
+    "row_max": "v_row",
+    "col_max": "v_col",
+    "row_mean": "v_row",
+    "col_mean": "v_col",
+    "mean": "v_mean",
+}
+
+
+def describe_slab(record: Any, slab: Slab) -> None:
+    """Fill the integers of a Slab of kernels/slabs.cuh."""
+    for field in ("numel", "head", "tail", "rows", "col0", "col1"):
+        record[field] = getattr(slab, field)
+    record["cols"], record["all_rows"] = slab.view.cols, slab.view.rows
+
+
+def describe_moment(record: Any, moment: Moment, fields: Mapping[str, str]) -> None:
+    """Fill the addresses of a quantized moment's tensors."""
+    for suffix, tensor in moment.tensors.items():
+        record[fields[suffix]] = tensor.data_ptr()
 
 
 @dataclass
@@ -136,32 +168,15 @@ class BatchBuilder:
         }
 
     def _describe(self, number: int, work: Work) -> None:
-        slab, record = work.slab, self.slabs[number]
-        for field in ("numel", "head", "tail", "rows", "col0", "col1"):
-            record[field] = getattr(slab, field)
-        record["cols"], record["all_rows"] = slab.view.cols, slab.view.rows
-        moments = work.moments
+        record, moments = self.slabs[number], work.moments
+        describe_slab(record, work.slab)
         if isinstance(moments[0].spec, Full):
             record["kind"] = tables.FP32_MOMENTS
-            pointers = {"m_codes": moments[0].tensors[""]}
-            if len(moments) > 1:
-                pointers["v_codes"] = moments[1].tensors[""]
+            for moment, field in zip(moments, ("m_codes", "v_codes"), strict=False):
+                record[field] = moment.tensors[""].data_ptr()
         else:
-            first = moments[0].tensors
-            pointers = {"m_codes": first["codes"], "m_absmax": first["absmax"]}
-            names = {
-                "codes": "v_codes",
-                "absmax": "v_row",
-                "row_max": "v_row",
-                "col_max": "v_col",
-                "row_mean": "v_row",
-                "col_mean": "v_col",
-                "mean": "v_mean",
-            }
-            for suffix, tensor in moments[1].tensors.items() if len(moments) > 1 else ():
-                pointers[names[suffix]] = tensor
-        for field, tensor in pointers.items():
-            record[field] = tensor.data_ptr()
+            for moment, fields in zip(moments, (FIRST_FIELDS, SECOND_FIELDS), strict=False):
+                describe_moment(record, moment, fields)
 
     def _statistics(self, number: int, work: Work) -> list[Any]:
         """Workspace for the statistics of a work's new moments, and how ``work.fresh`` shows it."""

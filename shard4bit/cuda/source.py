@@ -33,12 +33,26 @@ class Config:
 
 @lru_cache(maxsize=128)
 def _step_text(config: Config) -> str:
+    return _defines(config) + _joined(*HEADERS, "rules.cuh", "rows.cuh", "measure.cuh", "step.cu")
+
+
+def _defines(config: Config) -> str:
     return (
         f"#define PARAM {config.param}\n#define GRAD {config.grad}\n"
         f"#define ADAMW 0\n#define SGD 1\n#define RULE {config.rule}\n"
         + "".join(f"#define {name} {i}\n" for i, name in enumerate(SECONDS))
         + f"#define SECOND {config.second}\n"
-        + _joined(*HEADERS, "rules.cuh", "rows.cuh", "measure.cuh", "step.cu")
+    )
+
+
+@lru_cache(maxsize=8)
+def decode_text(second: str | None) -> str:
+    """The source of the kernel that decodes a second moment of this kind, or (None) a first moment."""
+    config = Config("F32", "F32", "ADAMW", second or "NONE")
+    return (
+        f"#define FIRST {int(second is None)}\n"
+        + _defines(config)
+        + _joined(*HEADERS, "rows.cuh", "decode.cu")
     )
 
 

@@ -12,8 +12,12 @@ import torch
 
 import shard4bit
 from shard4bit.dispatch import backend_for
+from shard4bit.layout import Slab
 from shard4bit.maths.update import ADAMW
+from shard4bit.reference import ReferenceBackend
 from shard4bit.spec import parse_spec
+from shard4bit.state import Moment
+from tests.cuda.test_kernels_decode import KINDS, filled
 from tests.test_invariance import adamw_scalars, run
 from tests.test_oracle_agreement import random_grads
 
@@ -208,3 +212,19 @@ def test_a_large_tensor() -> None:
     for key, value in optimizers[1].state[small].items():
         if key != "step":
             assert equal(optimizers[0].state[param][key][-tail:], value.cpu()), key
+
+
+@pytest.mark.parametrize("name, signed", KINDS)
+def test_decoding(name: str, signed: bool) -> None:
+    for number, slab in enumerate(
+        [
+            Slab.whole((300, 700)),
+            Slab.box((300, 700), [(3, 290), (5, 695)]),
+            Slab.run((300, 700), 777, 200_001),
+        ]
+    ):
+        moment = filled(name, signed, slab, number)
+        tensors = {suffix: t.cuda() for suffix, t in moment.tensors.items()}
+        on_gpu = Moment(moment.name, moment.spec, slab, tensors)
+        found = backend_for(torch.device("cuda", 0)).decode(on_gpu)
+        assert equal(found, ReferenceBackend().decode(moment)), slab
