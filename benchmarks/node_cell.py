@@ -40,8 +40,8 @@ REPEATS = 10
 
 @dataclass(frozen=True)
 class Place:
-    """Where cells run. card: bytes of a GPU; most: ranks of the largest cells; saves: whose trainings end
-    with a save and a load, "all", "ours" or "none"; scratch: for checkpoints."""
+    """Where cells run. card: bytes of a GPU; most: ranks of the largest cells; saves: optimizers whose
+    trainings end with a save and a load; scratch: for checkpoints."""
 
     ranks: Cluster
     scale: Scale
@@ -49,7 +49,7 @@ class Place:
     scratch: Path
     card: int
     most: int
-    saves: str
+    saves: tuple[str, ...]
 
 
 class NodeRun(Run):
@@ -92,17 +92,16 @@ class Job:
         """The run of this cell, in an empty folder."""
         want, cell = self.scale, self.cell
         known = ["--preset", want.preset, "--context", str(want.context), "--precision", "bf16"]
-        known += ["--batch", str(batch or want.batch), "--warmup", "2", "--save-every", "0"]
-        known += ["--out", str(self.out), *arguments]
+        known += ["--batch", str(batch or want.batch), "--warmup", str(want.warmup)]
+        known += ["--save-every", "0", "--out", str(self.out), *arguments]
         ours = cell.optimizer in node_plan.OURS
-        known += ["--optimizer", "adamw4bit", "--second-moment", cell.optimizer] if ours else []
-        settings = options.parse([*known] if ours else [*known, "--optimizer", "adamw"])
+        chosen = ["adamw4bit", "--second-moment", cell.optimizer] if ours else ["adamw"]
+        settings = options.parse([*known, "--optimizer", *chosen])
         settings.engine, settings.config = cell.engine, config or settings.config
         self.clear(self.out)
         run = NodeRun(settings, self.ranks)
-        if not ours and self.ranks.device.type == "cuda":
-            for group in run.engine.own_optimizer().param_groups:
-                group.update(fused=True, foreach=False)  # torch's fastest
+        if not ours:
+            fuse(run.engine.own_optimizer())
         return run
 
     def clear(self, folder: Path) -> None:
@@ -116,25 +115,23 @@ class Job:
         """What Run.train found, and the row's figures of time and memory."""
         memory = Memory(run, self.ranks)
         found = run.train(first, NEVER, Scalars(None))
-        steps = run.settings.steps - first
         tokens = run.settings.batch * run.context
         row: Row = {
             "step_ms": round(found["step_ms"]["median"], 3),
             "optimizer_ms": round(found["optimizer_step_ms"]["median"], 3),
             "tokens_per_s": round(tokens / found["step_ms"]["median"] * 1e3, 1),
             "parameters": run.engine.parameters,
+            "loss_first": round(found["losses"][0], 5),
+            "loss_last": round(found["losses"][-1], 5),
             **memory.row(),
         }
-        if steps:
-            row |= {"loss_first": round(found["losses"][0], 5), "loss_last": round(found["losses"][-1], 5)}
         return found, row
 
     def train(self) -> Row:
         run = self._start("--steps", str(self.scale.steps))
         found, row = self._trained(run, 0)
         row |= {"planned_b": node_plan.planned(self.cell, self.scale), "details": {"losses": found["losses"]}}
-        ours = self.cell.optimizer in node_plan.OURS
-        if self.place.saves == "all" or (self.place.saves == "ours" and ours):
+        if self.cell.optimizer in self.place.saves:
             row |= self._saved(run)
         return self._ended(run, row)
 
@@ -168,7 +165,8 @@ class Job:
         run = self._start(*arguments, *(["--resume", str(source / folders.CANONICAL)] if source else []))
         run.digests = True
         begin = time.perf_counter()
-        assert run.resume() == first, (self.cell, first)
+        found_step = run.resume()
+        assert found_step == first, (self.cell, found_step)
         seconds = time.perf_counter() - begin
         restored = run.digest() if first else ""
         found, row = self._trained(run, first)
@@ -182,7 +180,7 @@ class Job:
             row |= {"load_s": round(seconds, 2), "off": f"{off:.1e}"}
             if restored != before["saved"]:
                 row |= {"status": "failed", "note": f"restored another state than {before['saved']}"}
-            elif off > NEAR:
+            elif not off <= NEAR:  # also NaN
                 row |= {"status": "failed", "note": "the loss does not go on"}
             self.clear(source)
         if saved:
@@ -190,14 +188,15 @@ class Job:
         return self._ended(run, row)
 
     def largest(self) -> Row:
-        kind, world = self.ranks.device.type, self.ranks.world_size
-        card, context = self.place.card, self.scale.context
-        config = node_plan.largest_config(self.cell.optimizer, world, card, context, kind)
+        world = self.ranks.world_size
+        card = int(self.place.card * node_plan.SMALLER**self.cell.leg)
+        context = self.scale.context
+        config = node_plan.largest_config(self.cell.optimizer, world, card, context)
         if config is None:
             return {"status": "does not fit", "note": "no shape fits such cards"}
         run = self._start("--steps", "3", config=config, batch=world)
         _, row = self._trained(run, 0)
-        room = card - node_plan.reserve(card, kind)
+        room = card - node_plan.reserve(card)
         shape = f"{config.layers} layers of width {config.width}, MLP {config.mlp}"
         return self._ended(run, {**row, "planned_b": room, "note": shape})
 
@@ -275,6 +274,17 @@ class Memory:
             found |= {"process_b": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
         values = most_of([float(v) for v in found.values()], self.ranks)
         return {name: int(value) for name, value in zip(found, values, strict=True)}
+
+
+def fuse(optimizer: torch.optim.Optimizer) -> None:
+    """Let torch's AdamW step by its fused kernels, its fastest way; they take parameters of one mesh."""
+    for group in list(optimizer.param_groups):
+        group.update(fused=True, foreach=False)
+        meshes: dict[Any, list[Tensor]] = {}
+        for param in group["params"]:
+            meshes.setdefault(getattr(param, "device_mesh", None), []).append(param)
+        group["params"], *others = meshes.values()
+        optimizer.param_groups.extend({**group, "params": params} for params in others)
 
 
 def local_bytes(tensor: Tensor) -> int:

@@ -23,7 +23,7 @@ from launch.engines import Fsdp2
 
 
 class Meshed(Fsdp2):
-    """``fully_shard`` over the mesh that a subclass makes. tensor: ranks that compute one sequence together."""
+    """``fully_shard`` over the mesh that a subclass makes. tensor: ranks that share a sequence."""
 
     tensor = 1
 

@@ -1,4 +1,4 @@
-"""What benchmarks/node.py runs: its cells, what the memory planner says of each, and what it is expected to take."""
+"""What benchmarks/node.py runs: its cells, the time that each may take, and what the memory planner says."""
 
 from __future__ import annotations
 
@@ -32,19 +32,23 @@ CHAINS: Mapping[str, tuple[tuple[int, str], ...]] = {
     "mixed": ((1, "tp"), (4, "fsdp1"), (2, "zero2"), (1, "hsdp")),
 }
 GB = 10**9
+ATTEMPTS, SMALLER = 3, 0.95  # at the largest model: plans for so many cards, each smaller by this factor
 RESERVED = 4 * GB, 0.03  # bytes, and a share of the card: CUDA's context, NCCL's buffers, fragments
 
 
 @dataclass(frozen=True)
 class Scale:
     """Sizes. preset: of launch.train; context: tokens of a sequence; batch: sequences of a step over all
-    ranks; steps: of a training. expect, start, limit: seconds that a cell may be expected to take before one
-    was measured, that processes take to start, and after which a cell is given up."""
+    ranks; steps: of a training; warmup: those in which the learning rate rises. card: bytes of the GPUs that
+    are planned for, 0: of those that are there. expect, start, limit: seconds that a cell may be expected to
+    take before one was measured, that processes take to start, and after which a cell is given up."""
 
     preset: str
     context: int
     batch: int = 8
     steps: int = 20
+    warmup: int = 20
+    card: int = 0
     expect: float = 120
     start: float = 40
     limit: float = 400
@@ -58,13 +62,14 @@ class Scale:
 
 SCALES = {
     "7b": Scale("llama-7b", 2048),
-    "tiny": Scale("llama-tiny", 64, expect=20, limit=240),
+    "tiny": Scale("llama-tiny", 64, warmup=2, card=60_000_000, expect=20, limit=240),
 }
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement. chain, leg: the place of a resumption in its chain; the first leg only saves."""
+    """One measurement. chain, leg: the place of a resumption in its chain, of which the first leg only saves;
+    of the largest model the attempt."""
 
     kind: str
     world: int
@@ -91,10 +96,12 @@ class Cell:
 
 
 def legs(chain: str, worlds: Sequence[int]) -> list[Cell]:
-    """The legs of a chain in order; none where the largest number of ranks is less than 4."""
+    """The legs of a chain in order, each on 2 ranks at least; none where there are never 4."""
     most = max(worlds)
     parts = CHAINS[chain] if most >= 4 else ()
-    return [Cell("resume", most // n, engine, "rank1", chain, i) for i, (n, engine) in enumerate(parts)]
+    return [
+        Cell("resume", max(2, most // n), engine, "rank1", chain, i) for i, (n, engine) in enumerate(parts)
+    ]
 
 
 def cells(kinds: Sequence[str], worlds: Sequence[int]) -> list[Cell]:
@@ -107,7 +114,8 @@ def cells(kinds: Sequence[str], worlds: Sequence[int]) -> list[Cell]:
     if "resume" in kinds:
         found += [leg for chain in CHAINS for leg in legs(chain, worlds)]
     if "largest" in kinds:
-        found += [Cell("largest", most, "fsdp2-ac", name) for name in MOMENTS]
+        tries = range(ATTEMPTS)
+        found += [Cell("largest", most, "fsdp2-ac", name, "attempt", i) for name in MOMENTS for i in tries]
     if "train" in kinds:
         found += [cell for n in sorted(set(worlds) - {most}, reverse=True) for cell in _training(n)]
     return found
@@ -125,10 +133,15 @@ def marks(cell: Cell, steps: int) -> tuple[int, int, int]:
     return first, steps if cell.leg in (0, 3) else saves[cell.leg], saves[cell.leg]
 
 
+def source_of(cell: Cell, worlds: Sequence[int]) -> Cell | None:
+    """The leg from whose checkpoint a leg goes on."""
+    return legs(cell.chain, worlds)[cell.leg - 1] if cell.kind == "resume" and cell.leg else None
+
+
 def expected(cell: Cell, rows: Mapping[str, Mapping[str, str]], scale: Scale) -> float:
-    """Seconds: the most that one of its kind and optimizer took so far."""
+    """Seconds: the most that one of its kind and optimizer took so far, and more on fewer ranks."""
     known = [
-        float(row["seconds"])
+        float(row["seconds"]) * max(1, int(row["world"]) / cell.world)
         for row in rows.values()
         if row["status"] == "ok"
         and (row["kind"], row["optimizer"] == "adamw") == (cell.kind, cell.optimizer == "adamw")
@@ -168,14 +181,15 @@ def activations(config: LlamaConfig, tokens: int, *, split: int = 1, recompute: 
     """
     h, kv, m = config.width, config.kv_heads * config.width // config.heads, config.mlp
     heads = (3 * h + 2 * kv) // split  # queries, what attention gives and the same put together; keys, values
-    block = 2 * (4 * h + heads + 4 * m // split)  # two sums, two norms; gate, silu, up and their product
+    norms = 2 * (2 * h + 2 * 2 * h)  # each: what goes in and comes out, and both in fp32 (fused norms: less)
+    block = 2 * (norms + heads + 4 * m // split)  # and gate, silu of it, up, their product
     kept = config.layers * 2 * h + block if recompute else config.layers * block
     return tokens * (kept + 16 * config.vocabulary)  # logits in bf16 and fp32, their softmax, gradients
 
 
-def reserve(card: int, device: str) -> int:
-    """Bytes of a card that a plan leaves alone."""
-    return int(RESERVED[0] + RESERVED[1] * card) if device != "cpu" else 0
+def reserve(card: int) -> int:
+    """Bytes of a card that a plan leaves alone; of one that only a test has, none."""
+    return int(RESERVED[0] + RESERVED[1] * card) if card > 16 * GB else 0
 
 
 def planned(cell: Cell, scale: Scale) -> int:
@@ -186,10 +200,10 @@ def planned(cell: Cell, scale: Scale) -> int:
     return found.peak + activations(scale.config, tokens, split=split)
 
 
-def largest_config(optimizer: str, world: int, card: int, context: int, device: str) -> LlamaConfig | None:
+def largest_config(optimizer: str, world: int, card: int, context: int) -> LlamaConfig | None:
     """The largest Llama shape that FSDP2 on ``world`` such cards trains on a sequence a rank, recomputing
     blocks in backward; None if there is none. card: bytes."""
-    setup, room = setup_of("fsdp2", world), card - reserve(card, device)
+    setup, room = setup_of("fsdp2", world), card - reserve(card)
     left, found = room, None
     for _ in range(4):  # the activations are those of the shape found before
         model = largest(setup, left, MOMENTS[optimizer]) if left > 0 else None

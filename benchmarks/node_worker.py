@@ -89,7 +89,7 @@ def main() -> int:
     parser.add_argument("--worlds", required=True, type=numbers)
     parser.add_argument("--preset", choices=SCALES, required=True)
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
-    parser.add_argument("--saves", default="all")
+    parser.add_argument("--saves", default="", help="optimizers, with commas between them")
     parser.add_argument("--card", type=int, required=True, help="bytes of a GPU")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, required=True)
@@ -98,7 +98,8 @@ def main() -> int:
     node_engines.register()
     ranks = cluster.start(options.device)
     scale, rows = SCALES[options.preset], Rows(options.out)
-    place = Place(ranks, scale, rows, options.scratch, options.card, max(options.worlds), options.saves)
+    saves = tuple(options.saves.split(","))
+    place = Place(ranks, scale, rows, options.scratch, options.card, max(options.worlds), saves)
     try:
         work(options, place)
     except Exception:

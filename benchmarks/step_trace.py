@@ -52,6 +52,11 @@ def trace(second: str, dtype: str) -> None:
         print(f"    at {start:7.0f}  {length:7.1f}  {name[:60]}", flush=True)
 
 
+def is_label(name: str) -> bool:
+    """Of a stretch of time, ours or torch's around a step, not of work."""
+    return name.startswith(("step ", "Optimizer.step"))
+
+
 def parts_of(events: Any, label: str) -> dict[str, Any]:
     """Figures of one step, in microseconds."""
     (host,) = (e for e in events if e.name == label and "cpu" in str(e.device_type).lower())
@@ -59,7 +64,7 @@ def parts_of(events: Any, label: str) -> dict[str, Any]:
     parts = sorted(
         (e.time_range.start, e.time_range.end, e.name)
         for e in events
-        if "cuda" in str(e.device_type).lower() and begin <= e.time_range.start < end and e.name != label
+        if "cuda" in str(e.device_type).lower() and begin <= e.time_range.start < end and not is_label(e.name)
     )
     busy = sum(b - a for a, b, _ in parts)
     return {

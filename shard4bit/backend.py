@@ -43,11 +43,16 @@ class Work:
 
 class Works(list[Work]):
     """Works of one rule and device. The same list comes again while nothing but values changes; a back end
-    may keep its tables for it in ``cache``."""
+    may keep its tables for it in ``cache``.
+
+    version: counted up by whoever gives a work another ``param``, ``maximize``, ``options`` or other
+    ``scalars`` (another mapping: values in it may change at any time).
+    """
 
     def __init__(self, works: Iterable[Work] = ()) -> None:
         super().__init__(works)
         self.cache: dict[str, Any] = {}
+        self.version = 0
 
 
 class Backend(Protocol):

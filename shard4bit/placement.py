@@ -34,6 +34,7 @@ class Placed:
     gather: (local, part) -> the DTensor that state_dict() gives of a part that ``wrap`` cannot show as one,
         or None where it can; collective. ungather: (such a tensor, part) -> this rank's part of it.
     address: gives a number that changes if the elements move; None: that is the optimizer's tensor's address.
+    holder: the tensor whose ``grad`` is what ``grad`` gives, if there is one: read without a call.
     prefix: of the state's keys, where one optimizer parameter holds several parameters.
     name: the parameter's own name in the model, where an engine's adapter knows it.
     options: what of its group's options this parameter has otherwise.
@@ -48,6 +49,7 @@ class Placed:
     gather: Callable[[Tensor, Part], Tensor | None] = lambda local, part: None
     ungather: Callable[[Tensor, Part], Tensor] = lambda saved, part: saved
     address: Callable[[], int] | None = None
+    holder: Tensor | None = None
     prefix: str = ""
     name: str = ""
     options: dict[str, Any] = field(default_factory=dict)
@@ -112,7 +114,7 @@ def place(param: Tensor, name: str = "a parameter") -> Placed:
     def grad() -> Tensor | None:
         return param.grad
 
-    return Placed(slab=Slab.whole(param.shape), data=param.detach, grad=grad)
+    return Placed(slab=Slab.whole(param.shape), data=param.detach, grad=grad, holder=param)
 
 
 def _refuse_flattened(param: Tensor, name: str) -> None:

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Sizes of a Transformer. context: positions. tied: the head shares the token embedding's weight."""
+    """Sizes of a Transformer. context: positions. tied: the head shares the token embedding's weight.
+
+    embedding: standard deviation of a language model's token embedding at the start (GPT-2's: 0.02).
+    """
 
     layers: int
     width: int
@@ -21,6 +24,7 @@ class Shape:
     vocabulary: int = 256
     tied: bool = True
     dropout: float = 0.0
+    embedding: float = 0.02
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
@@ -105,6 +109,7 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(shape.width)
         self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
         initialize(self, shape.layers)
+        nn.init.normal_(self.tokens.weight, std=shape.embedding)
         if shape.tied:
             self.head.weight = self.tokens.weight
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from shard4bit.maths.update import Rule, Scalars
 from shard4bit.reference import ReferenceBackend
 from shard4bit.state import Moment
 
+_GRAD, _ACTIVE = attrgetter("grad"), attrgetter("active")
 WARPS = 8  # of a thread block; as in kernels/rows.cuh
 _SCALARS = {
     "adamw": ("beta1", "rest1", "beta2", "rest2", "keep", "step_size", "root", "eps"),
@@ -98,7 +100,7 @@ class KernelBackend:
     def measure(self, rule: Rule, works: Works) -> None:
         batches, others = self._planned(rule, works)
         for batch in batches:
-            self._upload(batch)
+            self._upload(batch, works.version)
             if batch.counts is not None:
                 self._scalars(f"{rule.name}_scalars", batch, batch.hypers)
             measured = batch.tiles["measure"]
@@ -118,8 +120,8 @@ class KernelBackend:
     def apply(self, rule: Rule, works: Works) -> None:
         batches, others = self._planned(rule, works)
         for batch in batches:
-            if [w.active for w in batch.works] != batch.active:  # the reduction changed it
-                self._upload(batch)
+            if list(map(_ACTIVE, batch.works)) != batch.active:  # the reduction changed it
+                self._upload(batch, works.version)
             if batch.config.second == "FACTORED":
                 self._vectors("advance_means", batch, "means", hyper=True)
             if batch.tiles["apply"][1]:
@@ -179,30 +181,35 @@ class KernelBackend:
         args = (batch.live_at.data_ptr() + batch.live.nbytes, table, np.int32(count))
         self.runtime.launch(scalars_text(), name, -(-count // 128), 128, args)
 
-    def _upload(self, batch: Batch) -> None:
+    def _upload(self, batch: Batch, version: int) -> None:
         """Addresses, activity and scalars (or what the device computes them from) of this step, in one
         copy."""
         works, live = batch.works, batch.live
-        live["param"] = [w.param.data_ptr() for w in works]
-        live["grad"] = [0 if w.grad is None else w.grad.data_ptr() for w in works]
-        active = [w.active for w in works]
+        if batch.version != version:
+            live["param"] = [w.param.data_ptr() for w in works]
+            batch.leaders = self._leaders(batch) if batch.counts is None else []
+            batch.version = version
+        try:
+            live["grad"] = list(map(Tensor.data_ptr, map(_GRAD, works)))
+        except TypeError:  # some have none
+            live["grad"] = [0 if w.grad is None else w.grad.data_ptr() for w in works]
+        active = list(map(_ACTIVE, works))
         if active != batch.active:
             live["active"] = batch.active = active
         packed = self._hypers(batch) if batch.counts is None else self._recipes(batch)
         joined = np.concatenate([live.view(np.uint8), packed.view(np.uint8)])
         self.runtime.upload(joined, batch.live_at, capturable=batch.counts is not None)
 
+    def _leaders(self, batch: Batch) -> list[Work]:
+        """One work for all of the same scalars; the others point to its record."""
+        leaders = {(id(w.scalars), w.maximize): w for w in batch.works}
+        number = {key: i for i, key in enumerate(leaders)}
+        batch.live["hyper"] = [number[id(w.scalars), w.maximize] for w in batch.works]
+        return list(leaders.values())
+
     def _hypers(self, batch: Batch) -> np.ndarray:
-        """One record for all works of the same scalars."""
-        works, live = batch.works, batch.live
-        hypers = {(id(w.scalars), w.maximize): w for w in works}
-        if len(hypers) == 1:
-            live["hyper"] = 0
-        else:
-            number = {key: i for i, key in enumerate(hypers)}
-            live["hyper"] = [number[id(w.scalars), w.maximize] for w in works]
-        packed = np.zeros(len(hypers), tables.HYPER)
-        for record, work in zip(packed, hypers.values(), strict=True):
+        packed = np.zeros(len(batch.leaders), tables.HYPER)
+        for record, work in zip(packed, batch.leaders, strict=True):
             _pack_scalars(record, work, adamw=batch.config.rule == "ADAMW")
         return packed
 

@@ -83,6 +83,8 @@ class Batch:
     hypers: int  # address of the Hypers
     counts: np.ndarray | None  # address of each work's step count, where the device has it
     active: list[bool]  # of each work, as last uploaded
+    version: int  # of the works, when ``live`` was last filled
+    leaders: list[Work]  # one for each record of the Hypers
     tiles: dict[str, tuple[Tensor, int]]
     zeroed: Tensor  # workspace that measure starts from zero
     keep: list[Tensor]  # memory that the tables point to
@@ -152,6 +154,8 @@ class BatchBuilder:
             hypers=computed.data_ptr() if counts else live_at.data_ptr() + live.nbytes,
             counts=np.array([c.data_ptr() for c in counts], np.uint64) if counts else None,
             active=[],
+            version=-1,
+            leaders=[],
             tiles=tiles,
             zeroed=pools["zeroed"],
             keep=[*pools.values(), computed, *counts],

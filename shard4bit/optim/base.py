@@ -16,10 +16,11 @@ from shard4bit.errors import LayoutError, StateError
 from shard4bit.log import log
 from shard4bit.maths.update import Rule
 from shard4bit.optim import loading, validate
+from shard4bit.optim.bound import Bound
 from shard4bit.optim.capture import Counts
 from shard4bit.optim.gathering import check_shown, gathered, ungathered
 from shard4bit.optim.report import Report, report
-from shard4bit.optim.stepping import Bound, StepPlan, keep_compiler_out, refuse_first
+from shard4bit.optim.stepping import StepPlan, keep_compiler_out, refuse_first
 from shard4bit.optim.summary import summary
 from shard4bit.placement import Placed, is_dtensor, place, refuse_stale, to_local
 from shard4bit.spec import Full, MomentSpec, is_quantized, parse_spec
@@ -223,7 +224,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 for p in g["params"]
                 for b in self._bound.get(p, ())
             ]
-            self._plans[key] = StepPlan(members, self._counts, self._rule)
+            self._plans[key] = StepPlan(members, self._counts, self._rule, list(self._plans.values()))
         return self._plans[key]
 
     # ---- reading and state_dict -----------------------------------------------------------------

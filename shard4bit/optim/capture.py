@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shard4bit.backend import Backend
 from shard4bit.optim import validate
-
-if TYPE_CHECKING:  # it imports this
-    from shard4bit.optim.stepping import Bound
+from shard4bit.optim.bound import Bound
 
 
 @dataclass

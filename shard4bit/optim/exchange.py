@@ -15,10 +15,10 @@ from shard4bit.errors import LayoutError, StateError
 from shard4bit.layout import Slab
 from shard4bit.optim import foreign
 from shard4bit.optim.base import QuantizedOptimizer
+from shard4bit.optim.bound import Bound
 from shard4bit.optim.encode import encode
 from shard4bit.optim.loading import OWN_OPTIONS, RUN_OPTIONS
 from shard4bit.optim.matching import match, options_of
-from shard4bit.optim.stepping import Bound
 from shard4bit.placement import is_dtensor, to_local
 from shard4bit.spec import Full
 from shard4bit.state import parts

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from shard4bit.errors import LayoutError
-from shard4bit.optim.stepping import Bound
+from shard4bit.optim.bound import Bound
 from shard4bit.state import parts, state_key
 
 

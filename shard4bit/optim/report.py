@@ -13,7 +13,7 @@ from shard4bit.backend import Work, Works
 from shard4bit.comm import reduce
 from shard4bit.maths.mapping import codec
 from shard4bit.maths.packing import packed_window, unpack_codes
-from shard4bit.optim.stepping import Bound
+from shard4bit.optim.bound import Bound
 from shard4bit.reference import ReferenceBackend
 from shard4bit.spec import Full, QuantSpec
 from shard4bit.state import Moment

@@ -4,75 +4,22 @@ step to step is kept, because a model may have thousands of small parameters."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shard4bit.backend import Work, Works
-from shard4bit.comm import Link, Reduction
+from shard4bit.comm import Reduction
 from shard4bit.dispatch import backend_for
-from shard4bit.errors import StateError
-from shard4bit.maths.update import Rule, Scalars
-from shard4bit.optim import capture, validate
+from shard4bit.maths.update import Rule
+from shard4bit.optim import capture
+from shard4bit.optim.bound import Bound
 from shard4bit.optim.capture import Counts
-from shard4bit.placement import Placed
-from shard4bit.state import Moment
 
-
-@dataclass
-class Bound:
-    """One parameter with its place, its state on this rank, and what it shares with other ranks."""
-
-    param: Tensor
-    placed: Placed
-    rule: Rule
-    moments: list[Moment]
-    links: tuple[Link, ...]
-    step: Tensor  # 0-d float32, an element of the optimizer's one vector: updates so far
-    row: int  # of that vector
-    work: Work
-    own: bool = False  # whether ``work.param`` is the parameter's own memory, not a dense copy
-    anchor: int | None = None  # the address of that memory when ``work.param`` was made
-    accepted: Any = None  # (dtype, shape, device, layout) of the last gradient that was checked
-
-    def __post_init__(self) -> None:
-        self.address: Callable[[], int] = self.placed.address or self.param.data_ptr
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The whole parameter's shape."""
-        return self.placed.slab.view.shape
-
-    def refresh(self) -> None:
-        """Make ``work.param`` this rank's elements as they are now, dense."""
-        data = self.placed.data()
-        for moment in self.moments:
-            for tensor in moment.tensors.values():
-                if tensor.device != data.device:
-                    raise StateError(
-                        f"a parameter of shape {self.shape} moved to {data.device} after its state was made "
-                        f"on {tensor.device}: move the model before building the optimizer"
-                    )
-        self.accepted = None
-        self.work.param = data.contiguous()
-        self.own = self.work.param is data
-        self.anchor = self.address() if self.own else None
-
-    def take_gradient(self, grad: Tensor) -> None:
-        """Check a gradient and make it ``work.grad``, dense. Raises ValueError."""
-        kind = (grad.dtype, grad.shape, grad.device, grad.layout)
-        if kind != self.accepted:
-            validate.gradient(grad, self.work.param, f"parameter of shape {self.shape}")
-            self.accepted = kind
-        self.work.grad = grad if grad.is_contiguous() else grad.contiguous()
-
-    def release(self) -> None:
-        """Hold neither the gradient nor a dense copy of the parameter until the next step."""
-        self.work.grad = None
-        if not self.own:
-            self.work.param = self.placed.data()
+_GRAD, _DTYPE = attrgetter("grad"), attrgetter("dtype")
 
 
 def capturing(device: torch.device) -> bool:
@@ -102,11 +49,22 @@ def keep_compiler_out(cls: Any) -> None:
         cls._uncompiled_update = torch.compiler.disable(cls._update)
 
 
+@dataclass
+class Kind:
+    """Parameters of one group and rule. shared: the scalars of them all, if they have taken as many steps."""
+
+    group: Mapping[str, Any]
+    rule: Rule
+    members: list[tuple[Work, int]] = field(default_factory=list)  # with its row in the step counts
+    shared: dict[str, float] | None = None
+    maximize: bool = False
+
+
 class StepPlan:
     """The steps of one list of parameters.
 
     members: (parameter, group) in order; counts: the step counts; rule_of: the rule that a group's options
-    ask for now.
+    ask for now; others: the optimizer's other plans.
     """
 
     def __init__(
@@ -114,22 +72,33 @@ class StepPlan:
         members: Sequence[tuple[Bound, Mapping[str, Any]]],
         counts: Counts,
         rule_of: Callable[[Mapping[str, Any]], Rule],
+        others: Sequence[StepPlan] = (),
     ) -> None:
         self.members, self.bounds = members, [bound for bound, _ in members]
         self.counts, self.steps, self.rule_of = counts, counts.vector, rule_of
         self.device = self.bounds[0].work.param.device if members else torch.device("cpu")
         self.capturing = self.on_device = False  # of the step; the latter: see ``Counts.on_device``
-        kinds: dict[tuple[int, int], tuple[Mapping[str, Any], Rule, list[tuple[Work, int]]]] = {}
+        kinds: dict[tuple[int, int], Kind] = {}
         for bound, group in members:
             key = (id(group), id(bound.rule))
-            kinds.setdefault(key, (group, bound.rule, []))[2].append((bound.work, bound.row))
+            kinds.setdefault(key, Kind(group, bound.rule)).members.append((bound.work, bound.row))
         self.kinds = list(kinds.values())
+        self.works = [bound.work for bound in self.bounds]
+        self.linked = [work for work in self.works if work.links]  # a reduction may change their activity
         self.gradients = [bound.placed.grad for bound in self.bounds]
+        holders = [bound.placed.holder for bound in self.bounds]
+        self.holders = None if any(holder is None for holder in holders) else holders
         self.addresses = [bound.address for bound in self.bounds]
         # of each parameter, at the last look: its address, its gradient's dtype, its elements
         self.anchors: list[int | None] = []
         self.signature: list[torch.dtype | None] = []
         self.numels = [bound.placed.slab.numel for bound in self.bounds]
+        # plans of the same parameters: when one steps, what the others know of the works is out of date
+        own = set(map(id, self.bounds))
+        self.rivals = [plan for plan in others if not own.isdisjoint(map(id, plan.bounds))]
+        for rival in self.rivals:
+            rival.rivals.append(self)
+        self.outdated = True
         self.taking: list[Bound] = []
         self.batches: list[tuple[Rule, Works]] = []
         self.reduction = Reduction([])
@@ -144,7 +113,7 @@ class StepPlan:
             for bound in self.bounds:
                 bound.release()
         if self.capturing:
-            rates = [group["lr"] for group, _, _ in self.kinds]
+            rates = [kind.group["lr"] for kind in self.kinds]
             self.counts.captured.append((self.batches, self.steps, rates))
 
     def _run(self) -> None:
@@ -162,6 +131,31 @@ class StepPlan:
 
     def _gather(self) -> BaseException | None:
         """Bring every work up to date. Returns the first error instead of raising it."""
+        known, self.outdated = not self.outdated, False
+        for rival in self.rivals:
+            rival.outdated = True
+        grads, failure = self._read()
+        if known and self._alike(grads):
+            for work, grad in zip(self.works, grads, strict=True):
+                work.grad = grad
+            for work in self.linked:
+                work.active = work.grad is not None
+        else:
+            failure = self._look(grads, failure)
+        try:
+            self.on_device = self.counts.on_device(backend_for(self.device))
+            if self.on_device:
+                self._describe()
+            else:
+                self._scale(known=known)
+        except Exception as error:
+            failure = failure or error
+        return failure
+
+    def _read(self) -> tuple[list[Tensor | None], BaseException | None]:
+        """Every parameter's gradient, and the first error."""
+        if self.holders is not None:
+            return list(map(_GRAD, self.holders)), None
         failure: BaseException | None = None
         grads: list[Tensor | None] = []
         for gradient in self.gradients:
@@ -170,35 +164,26 @@ class StepPlan:
             except Exception as error:  # the other ranks must hear of it before it is raised
                 failure = failure or error
                 grads.append(None)
-        if self._alike(grads):
-            for bound, grad in zip(self.bounds, grads, strict=True):
-                bound.work.grad, bound.work.active = grad, grad is not None
-        else:
-            failure = self._look(grads, failure)
-        try:
-            self.on_device = self.counts.on_device(backend_for(self.device))
-            if self.on_device:
-                self._describe()
-            else:
-                self._scale()
-        except Exception as error:
-            failure = failure or error
-        return failure
+        return grads, failure
 
     def _alike(self, grads: list[Tensor | None]) -> bool:
         """Whether parameters lie where they were, and have gradients of the same kind as at the last look:
         then ``_look``, which takes several times longer, would find nothing. (That a gradient is on its
         parameter's device and of its shape, torch and the engines see to.)"""
         try:
-            return (
-                [None if g is None else g.dtype for g in grads] == self.signature
-                and [address() for address in self.addresses] == self.anchors
-                and all(
-                    g is None or (g.is_contiguous() and g.numel() == n)
-                    for g, n in zip(grads, self.numels, strict=True)
+            if [address() for address in self.addresses] != self.anchors:
+                return False
+            if None not in self.signature:
+                return (
+                    list(map(_DTYPE, grads)) == self.signature
+                    and all(map(Tensor.is_contiguous, grads))  # type: ignore[arg-type]
+                    and list(map(Tensor.numel, grads)) == self.numels  # type: ignore[arg-type]
                 )
+            return [None if g is None else g.dtype for g in grads] == self.signature and all(
+                g is None or (g.is_contiguous() and g.numel() == n)
+                for g, n in zip(grads, self.numels, strict=True)
             )
-        except RuntimeError:  # of a sparse gradient, say
+        except (AttributeError, RuntimeError):  # of a missing gradient; of a sparse one, say
             return False
 
     def _look(self, grads: list[Tensor | None], failure: BaseException | None) -> BaseException | None:
@@ -213,32 +198,48 @@ class StepPlan:
                 failure, grad = failure or error, None
             bound.work.active = grad is not None
         self.anchors = [bound.anchor for bound in self.bounds]
+        self._changed()
         signature = [None if b.work.grad is None else b.work.grad.dtype for b in self.bounds]
         if signature != self.signature:
             self._sort(signature)
         return failure
 
-    def _scale(self) -> None:
-        """Give every work the scalars of its group and step count. Raises ValueError."""
+    def _scale(self, *, known: bool) -> None:
+        """Give every work the scalars of its group and step count. known: they have those of this plan's last
+        step. Raises ValueError."""
         counts = self.steps.tolist()
-        for group, rule, members in self.kinds:
+        even = counts.count(counts[0]) == len(counts) if counts else False
+        for kind in self.kinds:
+            group, rule = kind.group, kind.rule
             self._check_rule(rule, group)
-            known: dict[float, Scalars] = {}
-            for work, row in members:
+            if even and known and kind.shared is not None and kind.maximize == group["maximize"]:
+                kind.shared.update(rule.scalars(group, int(counts[0]) + 1))  # all works see it
+                continue
+            made: dict[float, dict[str, float]] = {}
+            for work, row in kind.members:
                 count = counts[row]
-                if count not in known:
-                    known[count] = rule.scalars(group, int(count) + 1)
-                work.scalars = known[count]
+                if count not in made:
+                    made[count] = dict(rule.scalars(group, int(count) + 1))
+                work.scalars = made[count]
                 work.maximize = group["maximize"]
+            kind.shared, kind.maximize = made[counts[0]] if even else None, group["maximize"]
+            self._changed()
 
     def _describe(self) -> None:
         """Give every work what the device computes its scalars from. Raises ValueError."""
-        for group, rule, members in self.kinds:
+        for kind in self.kinds:
+            group, rule = kind.group, kind.rule
             self._check_rule(rule, group)
             lr = capture.rate(group["lr"], self.device, capturing=self.capturing)
             options = {**rule.options(group), "lr": lr}
-            for work, _ in members:
+            for work, _ in kind.members:
                 work.options, work.maximize = options, group["maximize"]
+        self._changed()
+
+    def _changed(self) -> None:
+        """Works have other parameters' memory or other mappings of scalars than before."""
+        for _, works in self.batches:
+            works.version += 1
 
     def _check_rule(self, rule: Rule, group: Mapping[str, Any]) -> None:
         self.counts.check_group(group)

@@ -20,7 +20,7 @@ from shard4bit.state import parts
 
 if TYPE_CHECKING:  # base imports this
     from shard4bit.optim.base import QuantizedOptimizer
-    from shard4bit.optim.stepping import Bound
+    from shard4bit.optim.bound import Bound
 
 
 @dataclass

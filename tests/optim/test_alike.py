@@ -10,7 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from shard4bit import AdamW4bit
+from shard4bit.optim import stepping
 from shard4bit.optim.stepping import StepPlan
+from shard4bit.reference import ReferenceBackend
+from tests.cuda.emulator import available
+from tests.cuda.runtime import emulated
 from tests.optim.helpers import assert_same, fill_grads, normal, snapshot
 
 
@@ -83,3 +87,35 @@ def test_the_memory_of_a_moved_parameter_is_updated() -> None:
     move(params[0])
     assert looks(params, optimizer, 1) == 1
     assert torch.equal(old, kept) and not torch.equal(params[0], kept)
+
+
+def plans_in_turn(step: int, params: list[nn.Parameter], optimizer: AdamW4bit) -> None:
+    """Changes of what plans remember: of a group's options, of which parameters take part, of counts."""
+    first, second = optimizer.param_groups
+    first["lr"] = 1e-3 * (1 + step)
+    second["maximize"] = step in (3, 4)
+    for param in params[1:3]:
+        param.requires_grad_(step not in (2, 5))  # another plan, on some of the same parameters
+    fill_grads([p for p in params if p.requires_grad], step)
+    if step == 6:
+        params[3].grad = None  # from now on it has taken a step less
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["reference", "emulated kernels"])
+def test_plans_in_turn_are_as_new_ones(kernels: bool) -> None:
+    if kernels and not available():
+        pytest.skip("the emulator needs g++")
+    backends = [emulated() if kernels else ReferenceBackend() for _ in range(2)]
+    ends = []
+    for backend, forgetful in zip(backends, (False, True), strict=True):
+        params = [nn.Parameter(normal((70, 80), i).clone()) for i in range(4)]
+        optimizer = AdamW4bit([{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.1}])
+        with mock.patch.object(stepping, "backend_for", lambda device, found=backend: found):
+            for step in range(9):
+                if forgetful:
+                    optimizer._plans.clear()
+                plans_in_turn(step, params, optimizer)
+        ends.append(snapshot(params, optimizer))
+    assert_same(*ends)

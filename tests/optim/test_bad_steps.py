@@ -47,7 +47,7 @@ def test_bad_gradients(kind: str, cls: Any) -> None:
     bound = optimizer.bind()[1]
     kept = bound.placed
     # torch does not let such tensors become p.grad (sparse ones it does), so hand them in beneath it
-    bound.placed = dataclasses.replace(kept, grad=lambda: bad)
+    bound.placed = dataclasses.replace(kept, grad=lambda: bad, holder=None)
     optimizer._plans.clear()
     for _ in range(2):
         with pytest.raises(ValueError, match=message):
