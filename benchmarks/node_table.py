@@ -46,7 +46,7 @@ def moved(row: Found, what: str) -> str:
 def page(rows: Mapping[str, Found], scale: Scale) -> str:
     """All tables, as far as there are rows."""
     every = list(rows.values())
-    parts = ["; ".join(sorted({row["machine"] for row in every if row["machine"]}))]
+    parts = ["; ".join(_machines({row["machine"] for row in every if row["machine"]}))]
     for kind, make in (("train", _training), ("resume", _chains), ("largest", _largest)):
         found = [row for row in every if row["kind"] == kind]
         done = [row for row in found if row["tokens_per_s"]]
@@ -54,6 +54,15 @@ def page(rows: Mapping[str, Found], scale: Scale) -> str:
         parts += [f"- {row['key']}: {row['status']}, {row['note']}" for row in found if row["status"] != "ok"]
     parts += _reduce([row for row in every if row["kind"] == "reduce" and row["status"] == "ok"], scale)
     return "\n\n".join(filter(None, parts))
+
+
+def _machines(names: set[str]) -> list[str]:
+    """ "2, 4, 8 x H200, torch ..." of those that differ in their number only."""
+    counts: dict[str, list[int]] = {}
+    for name in names:
+        number, rest = name.split(" x ", 1)
+        counts.setdefault(rest, []).append(int(number))
+    return [f"{', '.join(map(str, sorted(found)))} x {rest}" for rest, found in sorted(counts.items())]
 
 
 def _memory(row: Found) -> list[str]:
