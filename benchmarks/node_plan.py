@@ -62,7 +62,7 @@ class Scale:
 
 SCALES = {
     "7b": Scale("llama-7b", 2048),
-    "tiny": Scale("llama-tiny", 64, warmup=2, card=60_000_000, expect=20, limit=240),
+    "tiny": Scale("llama-tiny", 64, card=60_000_000, expect=20, limit=240),
 }
 
 
