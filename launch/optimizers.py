@@ -31,15 +31,19 @@ class Choice:
     engines: tuple[str, ...] = ()
 
 
-def choose(name: str, lr: float, second_moment: str | None) -> Choice:
-    """The optimizer called ``name``. Raises ValueError where its package is not installed."""
+def choose(name: str, lr: float, second_moment: str | None, *, compensate: bool = False) -> Choice:
+    """The optimizer called ``name``. compensate: of shard4bit's own only. Raises ValueError where its package
+    is not installed."""
+    own = {"compensate": compensate}
     adam: dict[str, Any] = {"lr": lr, "betas": BETAS, "eps": 1e-8, "weight_decay": WEIGHT_DECAY}
     if name == "adamw4bit":
-        return Choice(shard4bit.AdamW4bit, {**adam, "second_moment": second_moment or "rank1"}, "AdamW4bit")
+        return Choice(
+            shard4bit.AdamW4bit, {**adam, **own, "second_moment": second_moment or "rank1"}, "AdamW4bit"
+        )
     if name == "adamw8bit":
-        return Choice(shard4bit.AdamW4bit, {**adam, **shard4bit.spec.ADAMW_8BIT}, "AdamW4bit")
+        return Choice(shard4bit.AdamW4bit, {**adam, **own, **shard4bit.spec.ADAMW_8BIT}, "AdamW4bit")
     if name == "sgd4bit":
-        return Choice(shard4bit.SGD4bit, {"lr": lr, "momentum": MOMENTUM}, "SGD4bit")
+        return Choice(shard4bit.SGD4bit, {"lr": lr, "momentum": MOMENTUM, **own}, "SGD4bit")
     if name == "adamw":
         return Choice(torch.optim.AdamW, adam, "AdamW", ours=False)
     assert name == "bnb-adamw8bit", name

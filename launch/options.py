@@ -21,6 +21,7 @@ from launch.stopping import restarted
 ENGINES = ("auto", "single", "ddp", "fsdp1", "fsdp2", "zero1", "zero2")
 OPTIMIZERS = ("adamw4bit", "sgd4bit", "adamw8bit", "adamw", "bnb-adamw8bit")
 PRECISIONS = ("fp32", "bf16", "fp16")
+OURS = OPTIMIZERS[:3]  # of shard4bit
 SAVE_EVERY = 100
 SGD_LR = 0.1
 
@@ -74,6 +75,7 @@ def _add_training(parser: Parser) -> None:
     add("--precision", choices=PRECISIONS, default="fp32", help="of the computations; weights stay in fp32")
     add("--optimizer", choices=OPTIMIZERS, default="adamw4bit", help="adamw is torch's")
     add("--second-moment", help="how adamw4bit stores its second moments (none: rank1)")
+    add("--compensate", action="store_true", help="make good in a step what rounding would do in later ones")
     add("--steps", type=at_least(1), default=400, help="steps in all, resumed ones included")
     add("--batch", type=at_least(1), default=8, help="sequences per step over all ranks")
     add("--lr", type=float, help=f"learning rate after the warm-up (none: the preset's; sgd4bit: {SGD_LR})")
@@ -128,11 +130,13 @@ def _conflicts(options: argparse.Namespace) -> list[tuple[bool, str]]:
     late = options.save_at is not None and options.save_at > options.steps
     both = options.save_at is not None and bool(options.save_every)
     moment = options.second_moment is not None and options.optimizer != "adamw4bit"
+    theirs = options.compensate and options.optimizer not in OURS
     return [
         (options.lr is not None and not options.lr > 0, f"--lr {options.lr}: expected a positive number"),
         (late, f"--save-at {options.save_at} lies after the last of --steps {options.steps}"),
         (both, "--save-at saves once, --save-every often: give one of them"),
         (moment, f"--second-moment is of adamw4bit, not of {options.optimizer}"),
+        (theirs, f"--compensate is of {', '.join(OURS)}, not of {options.optimizer}"),
         (options.check_only and options.resume is None, "--check-only needs --resume"),
         (options.fresh and options.resume is not None, "--fresh starts anew, --resume goes on: give one"),
     ]

@@ -50,7 +50,9 @@ class Run:
                 raise ValueError(refused or "--fresh is refused by the first rank")
         self.context: int = settings.config.context
         self.corpus: Corpus = load_corpus(settings.data, self.context)
-        choice = optimizers.choose(settings.optimizer, settings.lr, settings.second_moment)
+        choice = optimizers.choose(
+            settings.optimizer, settings.lr, settings.second_moment, compensate=settings.compensate
+        )
         recipe = Recipe(settings.config, settings.seed, settings.precision, choice)
         self.engine = engines.build(settings.engine, recipe, ranks)
         self.store = checkpoints.store_of(self.engine, ranks)

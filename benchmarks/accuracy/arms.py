@@ -1,6 +1,7 @@
 """The arms of the experiments: names of optimizers, and what they make.
 
-"fp32" is torch's AdamW, the 32-bit baseline. "8bit", "rank1", "block", "factored" and the second moments
+"fp32" is torch's AdamW, the 32-bit baseline; "fp32 beta1=0.8" the same with another beta1, to tell what
+compensation does from what less momentum does. "8bit", "rank1", "block", "factored" and the second moments
 of shard4bit.spec ("B2048/DE-0") are AdamW4bit with a B128/DE first moment. "+emb32" after a name keeps
 the moments of embeddings in fp32 (the paper's "stable embedding"). The names of candidates.py are arms too.
 """
@@ -18,6 +19,7 @@ from shard4bit.spec import ADAMW_8BIT
 
 BASELINE = "fp32"
 STABLE = "+emb32"
+BETA1 = "fp32 beta1="
 
 #: Arms whose options are more than a second moment. New options of AdamW4bit get their line here.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -64,9 +66,11 @@ def make_optimizer(arm: str, model: nn.Module, **common: Any) -> torch.optim.Opt
     """
     base = arm.removesuffix(STABLE)
     made = groups(model, common.pop("weight_decay"), stable=base != arm)
-    if base == BASELINE:
+    if base == BASELINE or base.startswith(BETA1):
         if base != arm:
             raise ValueError(f"arm {arm!r}: {BASELINE} keeps every moment in fp32 already")
+        if base != BASELINE:
+            common["betas"] = (float(base.removeprefix(BETA1)), common["betas"][1])
         on_gpu = next(model.parameters()).is_cuda
         return torch.optim.AdamW(made, fused=on_gpu or None, **common)
     if base in CANDIDATES:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.accuracy import run, store, tables, tokens
+from benchmarks.accuracy.arms import make_optimizer
 from benchmarks.accuracy.experiments import EXPERIMENTS
 from benchmarks.accuracy.stats import compare, t_below, t_quantile
 from benchmarks.accuracy.train import Epochs, OutOfTimeError, run_cell
@@ -79,6 +80,17 @@ def test_arms_are_paired() -> None:
     with pytest.raises(OutOfTimeError):
         run_cell(task, "fp32", 0, deadline=0.0)
     object.__setattr__(task.recipe, "steps", 40)
+
+
+def test_names_of_arms_are_options() -> None:
+    model = torch.nn.Linear(80, 70)
+    common: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    assert make_optimizer("fp32 beta1=0.8", model, **common).defaults["betas"] == (0.8, 0.95)
+    made = make_optimizer("block compensated", model, **common)
+    assert made.defaults["compensate"] is True and made.defaults["second_moment"] == "B128/Linear"
+    for wrong in ("fp32+emb32", "fp32 beta1=0.8+emb32"):
+        with pytest.raises(ValueError, match="keeps every moment in fp32 already"):
+            make_optimizer(wrong, model, **common)
 
 
 def row(arm: str, seed: int, loss: float, **more: Any) -> dict[str, Any]:

@@ -27,7 +27,9 @@ def on_two(*arguments: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "model", [TINY, [*SMALL, "--preset", "llama-tiny", "--layers", "1"]], ids=["gpt", "llama"]
+    "model",
+    [TINY, [*SMALL, "--preset", "llama-tiny", "--layers", "1"], [*TINY, "--compensate"]],
+    ids=["gpt", "llama", "compensated"],
 )
 def test_engines_agree(model: list[str], data: list[str], tmp_path: Path) -> None:
     """Losses do not depend on engine or ranks; and on two ranks, whose gradients are summed exactly in one
@@ -95,6 +97,11 @@ def test_optimizers(engine: str, optimizer: str, data: list[str], tmp_path: Path
         (["--batch", "1"], 2, "a batch of 1 sequences for 2 ranks"),
         (["--optimizer", "bnb-adamw8bit"], 1, "needs the package bitsandbytes"),
         (["--data", "nowhere"], 1, "nowhere: no such file"),
+        (
+            ["--compensate", "--optimizer", "adamw"],
+            1,
+            "--compensate is of adamw4bit, sgd4bit, adamw8bit, not",
+        ),
     ],
 )
 def test_what_does_not_go_together(
