@@ -72,6 +72,14 @@ def test_demo_saves_resumes_and_compares(tmp_path: Path) -> None:
         (["--steps", "0"], "0: expected at least 1"),
         (["--steps", "5", "--save-at", "6"], "--save-at 6 lies after the last"),
         (["--check-only"], "--check-only needs --resume"),
+        (
+            ["--compensate", "--optimizer", "adamw"],
+            "--compensate is of adamw4bit, sgd4bit, adamw8bit, not of adamw",
+        ),
+        (
+            ["--second-moment", "block", "--optimizer", "sgd4bit"],
+            "--second-moment is of adamw4bit, not of sgd4bit",
+        ),
     ],
 )
 def test_wrong_options_give_one_clear_line(
