@@ -149,8 +149,22 @@ def sgd_scalars(step: int, *, compensate: bool = False) -> Any:
     return SGD.scalars({**group, "compensate": compensate}, step)
 
 
-@pytest.mark.parametrize("compensate", [False, True], ids=["plain", "compensated"])
-@pytest.mark.parametrize("names", ADAMW_SPECS, ids="+".join)
+COMPENSATED = {("B128/DE", "rank1"), ("Tensor/DE", "Tensor/Linear")}  # of the quick tests
+
+
+@pytest.mark.parametrize(
+    ("names", "compensate"),
+    [
+        pytest.param(
+            names,
+            compensate,
+            id="+".join(names) + ("-compensated" if compensate else ""),
+            marks=[pytest.mark.slow] if compensate and names not in COMPENSATED else [],
+        )
+        for names in ADAMW_SPECS
+        for compensate in (False, True)
+    ],
+)
 @QUICK
 @given(problem=problems())
 def test_adamw_is_the_same_for_every_cut(

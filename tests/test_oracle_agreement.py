@@ -114,8 +114,11 @@ def random_grads(rng: np.random.Generator, shape: tuple[int, int], steps: int) -
 
 
 @pytest.mark.parametrize("second", [*SECOND_MOMENTS, "B37/DE/8", "B5/Linear/8", "Rank-1/DE-0/8"])
-@pytest.mark.parametrize("shape", [(61, 131), (5, 1025), (4100, 3)])
-@pytest.mark.parametrize("compensate", [False, True], ids=["plain", "compensated"])
+@pytest.mark.parametrize(
+    ("shape", "compensate"),
+    [((61, 131), False), ((5, 1025), False), ((4100, 3), False), ((61, 131), True)],
+    ids=["61x131", "5x1025", "4100x3", "61x131-compensated"],
+)
 def test_adamw_equals_the_oracle(second: str, shape: tuple[int, int], compensate: bool) -> None:
     rng = np.random.default_rng(len(second) + shape[0])
     first = FIRST_MOMENTS[len(second) % len(FIRST_MOMENTS)]

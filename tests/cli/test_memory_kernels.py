@@ -128,7 +128,7 @@ def on_zero(model: Model, kinds: list[Any], stage: int) -> list[tuple[int, int]]
     return out
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_of_fsdp2(model: Model, world: int) -> None:
     """On the first rank, which holds most."""
     found = pool(world).run(on_fsdp2, model, list(QUANTIZED.values()))[0]
@@ -146,7 +146,7 @@ def test_ranks_of_fsdp1(model: Model, world: int) -> None:
 
 
 @engines.needs_deepspeed
-@pytest.mark.parametrize(("world", "stage"), [(2, 1), (3, 2)])
+@pytest.mark.parametrize(("world", "stage"), [(2, 1), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_ranks_of_zero(model: Model, world: int, stage: int) -> None:
     """On every rank; states to the byte, too."""
     found = pool(world).run(on_zero, model, list(QUANTIZED.values()), stage)

@@ -31,10 +31,21 @@ def specs_of(first: str, second: str) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("compensate", [False, True], ids=["plain", "compensated"])
-@pytest.mark.parametrize("order", ORDERS)
+NAMES = [("B128/DE", "rank1"), ("B128/DE", "block"), ("fp32", "fp32")]
+
+
 @pytest.mark.parametrize(
-    "names", [("B128/DE", "rank1"), ("B128/DE", "block"), ("fp32", "fp32")], ids="+".join
+    ("names", "order", "compensate"),
+    [
+        *[pytest.param(n, o, False, id=f"{'+'.join(n)}-{o}") for n in NAMES for o in ORDERS],
+        *[
+            pytest.param(
+                n, o, True, id=f"{'+'.join(n)}-{o}-compensated", marks=[pytest.mark.slow] if o else []
+            )
+            for n in NAMES[:2]
+            for o in ORDERS
+        ],
+    ],
 )
 @QUICK
 @given(problem=problems())

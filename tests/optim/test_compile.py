@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -86,10 +87,18 @@ def step_alone(training: Training) -> Callable[[torch.Tensor], Any]:
     return step
 
 
-@pytest.mark.parametrize("loop", [whole_loop, closure, step_alone], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("capturable", [False, True])
-@pytest.mark.parametrize("kind", MAKERS)
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+QUICK = {("eager", "adamw", whole_loop), ("aot_eager", "adamw", whole_loop), ("eager", "sgd", closure)}
+CASES = list(product(("eager", "aot_eager"), MAKERS, (False, True), (whole_loop, closure, step_alone)))
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind", "capturable", "loop"),
+    [
+        pytest.param(*case, marks=[] if (case[0], case[1], case[3]) in QUICK else [pytest.mark.slow])
+        for case in CASES
+    ],
+    ids=["-".join([b, k, "capturable" if c else "plain", f.__name__]) for b, k, c, f in CASES],
+)
 def test_compiled_loops(backend: str, kind: str, capturable: bool, loop: Any) -> None:
     plain = Training(kind, capturable, lambda f: f)
     expected = plain.run(loop(plain))
