@@ -97,11 +97,6 @@ def test_optimizers(engine: str, optimizer: str, data: list[str], tmp_path: Path
         (["--batch", "1"], 2, "a batch of 1 sequences for 2 ranks"),
         (["--optimizer", "bnb-adamw8bit"], 1, "needs the package bitsandbytes"),
         (["--data", "nowhere"], 1, "nowhere: no such file"),
-        (
-            ["--compensate", "--optimizer", "adamw"],
-            1,
-            "--compensate is of adamw4bit, sgd4bit, adamw8bit, not",
-        ),
     ],
 )
 def test_what_does_not_go_together(
@@ -124,7 +119,15 @@ def test_deepspeed_missing_gives_one_line(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @needs_deepspeed
+def fails_as_shipped(want: list[str]) -> str:
+    """With the accelerator as DeepSpeed has it, whatever other tests in this process told it (engines.py)."""
+    from deepspeed.accelerator import get_accelerator
+
+    vars(get_accelerator()).pop("is_fp16_supported", None)
+    return fails(want)
+
+
 def test_zero_with_fp16_on_the_cpu_is_refused_in_one_line(data: list[str], tmp_path: Path) -> None:
     want = [*TINY, *data, *NEVER, "--steps", "1", "--out", str(tmp_path), "--engine", "zero2"]
-    for found in pool(2).run(fails, [*want, "--precision", "fp16"]):
+    for found in pool(2).run(fails_as_shipped, [*want, "--precision", "fp16"]):
         assert "fp16" in found and "\n" not in found

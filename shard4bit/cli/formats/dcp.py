@@ -21,6 +21,7 @@ from shard4bit.checkpoint.pieces import DTYPES
 from shard4bit.cli.formats.package import MOMENTS, OPTIONS, Entry, Package, Stored, filled, natural
 from shard4bit.cli.tables import Bar, UsageError
 from shard4bit.layout import Slab
+from shard4bit.optim.loading import OWN_OPTIONS, RUN_OPTIONS
 from shard4bit.spec import Full, MomentSpec, parse_spec
 from shard4bit.state import parts, state_key
 
@@ -146,7 +147,7 @@ def _groups(source: _Directory, stated: set[str]) -> list[dict[str, Any]]:
         place = _GROUPS.match(key)
         if place:
             found.setdefault(place["group"], {})[place["option"]] = source.object(key)
-    known = {*OPTIONS, *(option for option, _ in MOMENTS.values()), "quantize"}
+    known = {*OPTIONS, *OWN_OPTIONS}
     out: dict[str, dict[str, Any]] = {}
     for group in sorted(found, key=natural):
         options = {k: v for k, v in found[group].items() if k in known}
@@ -256,6 +257,7 @@ def _tree(package: Package, loads: dict[str, Callable[[], Tensor]]) -> dict[str,
             state[entry.name] = own
     groups = [
         {
+            **dict.fromkeys(("compensate", *RUN_OPTIONS), False),  # where the source does not say
             **{k: tuple(v) if isinstance(v, list) else v for k, v in g["options"].items()},
             "params": g["parameters"],
         }

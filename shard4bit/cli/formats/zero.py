@@ -15,6 +15,7 @@ from torch import Tensor
 from shard4bit.cli import found as names
 from shard4bit.cli.formats.package import Entry, Package, Stored, natural
 from shard4bit.cli.tables import UsageError, progress
+from shard4bit.optim.loading import RUN_OPTIONS
 
 if TYPE_CHECKING:
     from shard4bit.deepspeed.saved import Param
@@ -37,10 +38,10 @@ def read(path: str, step: int | None, trusted: bool) -> Package:
         for name, tensor, _ in state.others
     ]
     whole = {} if kind == "native" else {"quantize": False}
-    groups = [
-        {"parameters": [p.name for p in params], "options": json.loads(json.dumps({**options, **whole}))}
-        for options, params in state.groups
-    ]
+    groups = []
+    for options, params in state.groups:
+        kept = {k: v for k, v in {**options, **whole}.items() if k not in RUN_OPTIONS}
+        groups.append({"parameters": [p.name for p in params], "options": json.loads(json.dumps(kept))})
     entries.sort(key=lambda entry: natural(entry.name))
     return Package(state.step if step is None else step, entries, groups)
 
