@@ -156,6 +156,7 @@ def call_node(out: Path, *more: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.slow
 def test_two_calls_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     only = ["--worlds", "2", "--only", "^(train/2/fsdp2/rank1|reduce/2/fsdp2/(rank1|block|factored))"]
     tiny = ["--preset", "tiny", "--device", "cpu"]

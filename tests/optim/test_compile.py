@@ -110,6 +110,7 @@ def test_compiled_loops(backend: str, kind: str, capturable: bool, loop: Any) ->
     assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_many_optimizers() -> None:
     """More than the frames that torch.compile makes of one function: what it gives up on runs as it is."""
     limit = torch._dynamo.config.recompile_limit
