@@ -136,7 +136,7 @@ def test_ranks_of_fsdp2(model: Model, world: int) -> None:
     assert found == [usage(model, setup, moments).kernels for moments in QUANTIZED.values()]
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_of_fsdp1(model: Model, world: int) -> None:
     """On every rank, those without any of a parameter too."""
     found = pool(world).run(on_fsdp1, model, list(QUANTIZED.values()))

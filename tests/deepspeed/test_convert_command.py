@@ -120,6 +120,7 @@ def test_native_to_canonical(
         assert found == (digest, STEPS)
 
 
+@pytest.mark.slow
 def test_in_a_pipe(tmp_path: Path) -> None:
     """One line on stdout, and on stderr what is left behind; nothing of DeepSpeed's own talk."""
     pool(2).run(trained, str(tmp_path), {"stage": 2}, {}, {"epoch": 5})
