@@ -14,24 +14,16 @@ from shard4bit.state import Moment
 
 
 @dataclass(frozen=True)
-class Window:
-    """A chunk of whole or cut rows: stored rows [row0, row1), global columns [col0, col1), and its
-    place [offset, offset + numel) in the rank's elements."""
-
-    row0: int
-    row1: int
-    col0: int
-    col1: int
-    offset: int
+class Window(Rect):
+    """A chunk of whole or cut rows of a rectangle, and its place in the rank's elements."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.row1 - self.row0, self.col1 - self.col0
+        return self.row1 - self.row0, self.width
 
     def elements(self, flat: Tensor) -> Tensor:
         """This window of a dense vector, as (rows, columns), sharing its memory."""
-        rows, cols = self.shape
-        return flat[self.offset : self.offset + rows * cols].view(rows, cols)
+        return flat[self.offset : self.offset + self.numel].view(self.shape)
 
 
 def windows(rects: Sequence[Rect], moments: Sequence[Moment], limit: int) -> Iterator[Window]:

@@ -73,6 +73,18 @@ def compare(host: Any, device: Any, params: list[Any], others: list[Any], where:
             assert equal(device.state[q][key], value), (where, tuple(p.shape), key)
 
 
+def step_and_compare(
+    host: Any, device: Any, params: list[Any], others: list[Any], seed: int, special: float | None = None
+) -> None:
+    """Four steps of both, everything compared after each."""
+    for step in range(4):
+        set_grads(params, step, seed, special)
+        set_grads(others, step, seed, special)
+        host.step()
+        device.step()
+        compare(host, device, params, others, step)
+
+
 @pytest.mark.parametrize("special", [None, float("nan"), float("inf")], ids=["finite", "nan", "inf"])
 @pytest.mark.parametrize("second", ["rank1", "block"])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -81,12 +93,7 @@ def test_adamw(dtype: str, second: str, special: float | None) -> None:
         DTYPES[dtype],
         lambda p: shard4bit.AdamW4bit(p, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, second_moment=second),
     )
-    for step in range(4):
-        set_grads(params, step, 1, special)
-        set_grads(others, step, 1, special)
-        host.step()
-        device.step()
-        compare(host, device, params, others, step)
+    step_and_compare(host, device, params, others, 1, special)
 
 
 @pytest.mark.parametrize("special", [None, float("nan")], ids=["finite", "nan"])
@@ -95,12 +102,7 @@ def test_adamw(dtype: str, second: str, special: float | None) -> None:
 def test_compensated_adamw(dtype: str, second: str, special: float | None) -> None:
     options = {"lr": 1e-2, "weight_decay": 0.1, "second_moment": second, "compensate": True}
     host, device, params, others = pair(DTYPES[dtype], lambda p: shard4bit.AdamW4bit(p, **options))
-    for step in range(4):
-        set_grads(params, step, 1, special)
-        set_grads(others, step, 1, special)
-        host.step()
-        device.step()
-        compare(host, device, params, others, step)
+    step_and_compare(host, device, params, others, 1, special)
 
 
 @pytest.mark.parametrize("compensate", [False, True], ids=["plain", "compensated"])
@@ -109,12 +111,7 @@ def test_sgd(nesterov: bool, compensate: bool) -> None:
     options = {"momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.01, "maximize": not nesterov}
     options["compensate"] = compensate
     host, device, params, others = pair(torch.float32, lambda p: shard4bit.SGD4bit(p, lr=0.1, **options))
-    for step in range(4):
-        set_grads(params, step, 2)
-        set_grads(others, step, 2)
-        host.step()
-        device.step()
-        compare(host, device, params, others, step)
+    step_and_compare(host, device, params, others, 2)
 
 
 def test_factored() -> None:
