@@ -3,6 +3,9 @@
 Microseconds of ``step()`` before the first launch (the GPU idles meanwhile, if it has nothing else), before
 the last one, and in all, with kernels that do nothing: the parameters (the 1.1 B Llama-style model's, a few
 elements each) lie on the CPU. Medians. What the CUDA driver takes for launches and copies is not in it.
+
+With --cuda, the same of real steps on a GPU, each from an idle one: when its uploads and launches are called
+and have returned.
 """
 
 from __future__ import annotations
@@ -67,12 +70,64 @@ def measure(tensors: int, second: str, steps: int) -> list[float]:
     return [statistics.median(column) for column in zip(*rows[3:], strict=True)]
 
 
+class Timed:
+    """A runtime that notes when uploads and launches begin and end."""
+
+    def __init__(self, runtime: Any) -> None:
+        self.runtime, self.device = runtime, runtime.device
+        self.times: list[tuple[str, float]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.runtime, name)
+
+    def launch(self, source: str, name: str, *rest: Any) -> None:
+        self._noted(f"launch of {name}", self.runtime.launch, source, name, *rest)
+
+    def upload(self, *args: Any, **options: Any) -> torch.Tensor:
+        return self._noted("upload", self.runtime.upload, *args, **options)
+
+    def _noted(self, what: str, call: Any, *args: Any, **options: Any) -> Any:
+        self.times.append((what, time.perf_counter()))
+        out = call(*args, **options)
+        self.times.append((f"{what} done", time.perf_counter()))
+        return out
+
+
+def measure_on_gpu(second: str, steps: int) -> list[tuple[str, float]]:
+    """(event, median microseconds since the call of ``step()``) of bf16 parameters and gradients."""
+    from shard4bit.cuda.runtime import CupyRuntime
+
+    params = [torch.nn.Parameter(torch.randn(s, device="cuda", dtype=torch.bfloat16)) for s in llama()]
+    optimizer = AdamW4bit(params, second_moment=second)
+    runtime = Timed(CupyRuntime(torch.device("cuda", torch.cuda.current_device())))
+    backend, rows = KernelBackend(runtime), []
+    for p in params:
+        p.grad = torch.randn_like(p)
+    with mock.patch.object(stepping, "backend_for", lambda device: backend):
+        for _ in range(steps):
+            runtime.times.clear()
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            optimizer.step()
+            runtime.times.append(("step() returns", time.perf_counter()))
+            torch.cuda.synchronize()
+            runtime.times.append(("GPU idle", time.perf_counter()))
+            rows.append([(what, 1e6 * (t - begin)) for what, t in runtime.times])
+    columns = zip(*rows[3:], strict=True)
+    return [(column[0][0], statistics.median(t for _, t in column)) for column in columns]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--cuda", action="store_true", help="real steps on a GPU")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores")
+    if args.cuda:
+        for second in ("block", "rank1", "factored"):
+            print(f"{second}: ", "; ".join(f"{w} {t:,.0f}" for w, t in measure_on_gpu(second, args.steps)))
+        return
     print(
         "| tensors | second moment | first launch us | last launch us | step us |\n|---|---|---:|---:|---:|"
     )
