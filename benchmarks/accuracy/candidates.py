@@ -11,8 +11,9 @@ error e of m would, over the steps to come, move them by lr beta1 / (1 - beta1) 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from shard4bit.layout import matrix_view
 from shard4bit.maths.mapping import table
 from shard4bit.maths.normalize import inverse, settle
-from shard4bit.maths.update import ADAMW
+from shard4bit.maths.update import ADAMW, lead
 from shard4bit.spec import is_quantized
 
 BLOCK = 128
@@ -49,8 +50,11 @@ class Quantizer:
 
     def __call__(self, values: Tensor, key: Tensor) -> Tensor:
         """(rows, columns) float32 as stored and read again. key: 0-d int64, of the random numbers."""
+        return self.by_entries(values, key, entries_of(self.table, values.device))
+
+    def by_entries(self, values: Tensor, key: Tensor, entries: Tensor) -> Tensor:
+        """The same with the table given, which a captured step cannot bring to its device."""
         scale, inverted = _scales(values, self.scale)
-        entries = torch.tensor(TABLES[self.table], dtype=torch.float64).float().to(values.device)
         return entries[self._codes(values * inverted, entries, key)] * scale
 
     def _codes(self, x: Tensor, entries: Tensor, key: Tensor) -> Tensor:
@@ -63,6 +67,12 @@ class Quantizer:
         if self.rounding == "dither":
             return above - 1 + (part + chance - 0.5 > 0.5).long()
         return above - 1 + (chance < part).long()
+
+
+@lru_cache
+def entries_of(name: str, device: torch.device) -> Tensor:
+    """A table, float32 (16,)."""
+    return torch.tensor(TABLES[name], dtype=torch.float64).float().to(device)
 
 
 def _nearest(x: Tensor, entries: Tensor) -> Tensor:
@@ -148,8 +158,8 @@ CANDIDATES: dict[str, Candidate] = {
 }
 
 
-def _plainly(quantizer: Quantizer, values: Tensor, key: Tensor) -> Tensor:
-    return quantizer(values, key)
+def _plainly(quantizer: Quantizer, values: Tensor, key: Tensor, entries: Tensor) -> Tensor:
+    return quantizer.by_entries(values, key, entries)
 
 
 _compiled = torch.compile(_plainly, dynamic=False)
@@ -157,69 +167,103 @@ torch._dynamo.config.recompile_limit = 200  # one graph a shape and quantizer
 
 
 class CandidateAdamW(torch.optim.Optimizer):
-    """AdamW of a candidate. ``seed`` and the parameter's number key the random numbers."""
+    """AdamW of a candidate. ``seed`` and the parameter's number key the random numbers.
+
+    On a GPU, steps after the first are a captured one, replayed: gradients have to stay where they are.
+    """
 
     def __init__(self, params: Any, candidate: Candidate, seed: int = 0, **options: Any) -> None:
         self.quantizers, self.seed = (candidate.first, candidate.second), seed
-        self.compensate = candidate.compensate
+        self.compensate, self.count = candidate.compensate, 0
+        self.graph: torch.cuda.CUDAGraph | None = None
         super().__init__(params, {"weight_decay": 0.0, "quantize": True, **options})
+
+    def scalars(self, group: dict[str, Any]) -> dict[str, float]:
+        """Of the step that ``count`` counts. "ahead": see ``shard4bit.maths.update.lead``."""
+        wanted = {**group, "compensate": self.compensate > 0}
+        found = dict(ADAMW.scalars(wanted, self.count))
+        return found | {"ahead": self.compensate * found["ahead"]}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         assert closure is None
+        self.count += 1
+        scalars = [self.scalars(group) for group in self.param_groups]
+        if not self.param_groups[0]["params"][0].is_cuda:
+            self._update(scalars, torch.tensor(self.count))
+        else:
+            self._update_on_gpu(scalars)
+
+    def _update_on_gpu(self, scalars: list[dict[str, float]]) -> None:
+        values = torch.tensor([list(s.values()) for s in scalars])
+        grads = [p.grad.data_ptr() for group in self.param_groups for p in group["params"]]
+        if self.count == 1:
+            self.values, self.number = values.cuda(), torch.ones((), dtype=torch.int64).cuda()
+            self.places = [
+                dict(zip(s, row, strict=True)) for s, row in zip(scalars, self.values, strict=True)
+            ]
+            self._update(self.places, self.number)
+            return
+        if self.graph is None:
+            self.graph, self.grads = torch.cuda.CUDAGraph(), grads
+            with torch.cuda.graph(self.graph):
+                self._update(self.places, self.number)
+        assert grads == self.grads, "gradients have moved since the step was captured"
+        self.values.copy_(values)
+        self.number.fill_(self.count)
+        self.graph.replay()
+
+    def _update(self, scalars: Sequence[Mapping[str, Any]], count: Tensor) -> None:
+        """scalars: of each group, numbers or 0-d tensors; count: 0-d int64."""
         number = 0
-        for group in self.param_groups:
+        for group, values in zip(self.param_groups, scalars, strict=True):
             for param in group["params"]:
                 number += 1
                 if param.grad is not None:
-                    self._update(param, group, number)
+                    quantized = group["quantize"] and is_quantized(tuple(param.shape))
+                    self._update_one(param, values, quantized, count, number)
 
-    def _update(self, param: Tensor, group: dict[str, Any], number: int) -> None:
+    def _update_one(
+        self, param: Tensor, h: Mapping[str, Any], quantized: bool, count: Tensor, number: int
+    ) -> None:
         state = self.state[param]
         if not state:
-            zeros = [torch.zeros_like(param, dtype=torch.float32) for _ in ADAMW.moments]
-            state.update(step=0, **dict(zip(ADAMW.moments, zeros, strict=True)))
-        state["step"] += 1
-        scalars = ADAMW.scalars(group, state["step"])
+            state.update({name: torch.zeros_like(param, dtype=torch.float32) for name in ADAMW.moments})
         grad, value = param.grad.float(), param.float()  # type: ignore[union-attr]
-        news = [ADAMW.advance(i, state[name], grad, value, scalars) for i, name in enumerate(ADAMW.moments)]
-        moved = list(news)
-        if group["quantize"] and is_quantized(tuple(param.shape)):
-            keys = [_signed(((self.seed * 2 + i) << 44) ^ (number << 28) ^ state["step"]) for i in range(2)]
+        news = [ADAMW.advance(i, state[name], grad, value, h) for i, name in enumerate(ADAMW.moments)]
+        moved, kept = list(news), news
+        if quantized:
+            keys = [count ^ _signed(((self.seed * 2 + i) << 44) ^ (number << 28)) for i in range(2)]
             kept = [self._kept(i, new, key) for i, (new, key) in enumerate(zip(news, keys, strict=True))]
             if self.compensate:
-                beta = group["betas"][0]  # with lr for the later steps, not lr / (1 - beta^t)
-                ahead = self.compensate * beta / (1 - beta) * (1 - beta ** state["step"])
-                moved[0] = news[0] - (kept[0] - news[0]) * ahead
-        else:
-            kept = news
-        param.copy_(ADAMW.apply(value, grad, moved, scalars))
+                moved[0] = lead(news[0], kept[0], h["ahead"])
+        param.copy_(ADAMW.apply(value, grad, moved, h))
         for name, values in zip(ADAMW.moments, kept, strict=True):
             state[name].copy_(values)
 
-    def _kept(self, index: int, new: Tensor, key: int) -> Tensor:
+    def _kept(self, index: int, new: Tensor, key: Tensor) -> Tensor:
         """A moment as stored and read again; the moment itself where it is exact."""
         quantizer = self.quantizers[index]
         if quantizer.table == "exact":
             return new
         view = matrix_view(tuple(new.shape))
-        number = torch.full((), key, dtype=torch.int64, device=new.device)
         run = _compiled if new.is_cuda else _plainly  # one launch instead of forty
-        return run(quantizer, new.view(view.rows, view.cols), number).view(new.shape)
+        entries = entries_of(quantizer.table, new.device)
+        return run(quantizer, new.view(view.rows, view.cols), key, entries).view(new.shape)
 
 
 def errors(optimizer: CandidateAdamW) -> list[dict[str, Any]]:
     """Of every quantized parameter with a gradient, what the next step's rounding would do: relative error of
     each moment, share of entries that would not move, share at the ends of the table. Changes nothing."""
     out = []
+    count = optimizer.count
     for group in optimizer.param_groups:
-        scalars_of: dict[int, Any] = {}
+        scalars = ADAMW.scalars(group, count + 1)
         for number, param in enumerate(group["params"]):
             state = optimizer.state.get(param)
             if not state or param.grad is None or not is_quantized(tuple(param.shape)):
                 continue
-            scalars = scalars_of.setdefault(state["step"], ADAMW.scalars(group, state["step"] + 1))
-            row: dict[str, Any] = {"parameter": number, "step": state["step"], "shape": tuple(param.shape)}
+            row: dict[str, Any] = {"parameter": number, "step": count, "shape": tuple(param.shape)}
             for i, (name, quantizer) in enumerate(zip(ADAMW.moments, optimizer.quantizers, strict=True)):
                 if quantizer.table == "exact":
                     continue
@@ -227,7 +271,7 @@ def errors(optimizer: CandidateAdamW) -> list[dict[str, Any]]:
                 old = state[name].view(view.rows, view.cols)
                 grad = param.grad.float().view(old.shape)
                 exact = ADAMW.advance(i, old.clone(), grad, grad, scalars)
-                kept = quantizer(exact, torch.tensor(state["step"]))
+                kept = quantizer(exact, torch.tensor(count))
                 top = kept.abs() >= _scales(exact, quantizer.scale)[0]
                 row |= {
                     f"{name} error": float((kept - exact).norm() / exact.norm().clamp(min=1e-30)),

@@ -167,7 +167,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         toy_shape=replace(TOY, tied=False),
         toy_recipe=TOY_RECIPE,
         make=Language,
-        data="bytes",
+        data="prose",
         compiled=True,
         seconds=20,
     ),

@@ -27,10 +27,11 @@ class Shape:
     embedding: float = 0.02
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021): x (..., time, size), angles (time, size / 2) float32."""
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021): x (..., time, size); turns (2, time, size / 2) float32, cosine and
+    sine."""
     low, high = x.float().chunk(2, -1)
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = turns
     return torch.cat([low * cos - high * sin, high * cos + low * sin], -1).to(x.dtype)
 
 
@@ -41,7 +42,7 @@ class Attention(nn.Module):
     loss of pairs of bytes for half of its 600 steps.
     """
 
-    angles: Tensor
+    turns: Tensor
 
     def __init__(self, shape: Shape, *, causal: bool = False) -> None:
         super().__init__()
@@ -49,7 +50,8 @@ class Attention(nn.Module):
         half = shape.width // shape.heads // 2
         rates = 10000.0 ** (-torch.arange(half) / half)
         angles = torch.arange(shape.context)[:, None] * rates
-        self.register_buffer("angles", angles if causal else None, persistent=False)
+        turns = torch.stack([angles.cos(), angles.sin()]) if causal else None
+        self.register_buffer("turns", turns, persistent=False)
         self.query = nn.Linear(shape.width, shape.width)
         self.both = nn.Linear(shape.width, 2 * shape.width)
         self.out = nn.Linear(shape.width, shape.width)
@@ -59,8 +61,8 @@ class Attention(nn.Module):
         keys, values = self.both(x if memory is None else memory).chunk(2, -1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.query(x), keys, values))
         if self.causal:
-            angles = self.angles[: x.shape[1]]
-            q, k = rotate(q, angles), rotate(k, angles)
+            turns = self.turns[:, : x.shape[1]]
+            q, k = rotate(q, turns), rotate(k, turns)
         drop = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal, dropout_p=drop)
         return self.out(y.transpose(1, 2).flatten(2))

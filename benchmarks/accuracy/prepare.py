@@ -48,20 +48,24 @@ def verses(book: str) -> dict[tuple[int, int, int], str]:
     return found
 
 
-def english() -> Iterator[tuple[str, str]]:
-    """(name, text) of the encyclopedia's extracts and of the chapters of one Bible."""
+def encyclopedia() -> Iterator[tuple[str, str]]:
+    """(name, text) of the extracts."""
     for title, entry in json.loads(fetch.member("wiki", "summaries_en-us.json")).items():
         yield f"wiki/{title}", f"{title}\n{entry['extract']}\n"
-    chapters: dict[str, list[str]] = {}
-    for (book, chapter, _), text in sorted(verses("4").items()):
-        chapters.setdefault(f"web/{book}/{chapter}", []).append(text)
-    for name, lines in chapters.items():
+
+
+def chapters(version: str) -> Iterator[tuple[str, str]]:
+    """(name, text) of the chapters of one of the Bibles; the name is the same in all of them."""
+    found: dict[str, list[str]] = {}
+    for (book, chapter, _), text in sorted(verses(version).items()):
+        found.setdefault(f"web/{book}/{chapter}", []).append(text)
+    for name, lines in found.items():
         yield name, "\n".join(lines) + "\n"
 
 
 def corpus() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """(English documents, C files): (name, text) each; C only up to CODE_BYTES, chosen by hash."""
-    prose, code, held = list(english()), [], 0
+    prose, code, held = [*encyclopedia(), *chapters("4")], [], 0
     for path, content in fetch.linux_files():
         text = content.decode("utf-8", "replace")
         if path.startswith("Documentation/"):
@@ -76,7 +80,7 @@ def corpus() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
 
 
 def language() -> dict[str, Arrays]:
-    """ "lm16k": 16k BPE of English and C. "bytes": the English alone, as bytes."""
+    """16k BPE of English and C."""
     prose, code = corpus()
     documents = sorted(prose + code, key=lambda d: tokens.fingerprint(np.frombuffer(d[0].encode(), np.uint8)))
     sample, size = [], 0
@@ -89,14 +93,16 @@ def language() -> dict[str, Arrays]:
     encoded = tokens.encode(tokenizer, [text for _, text in documents])
     for (name, _), ids in zip(documents, encoded, strict=True):
         parts["validation" if tokens.held_out(name, 100) else "train"] += [ids, np.zeros(1, np.uint16)]
+    return {"lm16k": {k: np.concatenate(v) for k, v in parts.items()}}
+
+
+def prose() -> dict[str, Arrays]:
+    """The bytes of the encyclopedia and of three Bibles. A chapter is held out in all of them or in none."""
     raw: dict[str, list[bytes]] = {"train": [], "validation": []}
-    for name, text in documents:
-        if not name.endswith(".c"):
-            raw["validation" if tokens.held_out(name, 50) else "train"].append(text.encode())
-    return {
-        "lm16k": {k: np.concatenate(v) for k, v in parts.items()},
-        "bytes": {k: np.frombuffer(b"\n".join(v), np.uint8) for k, v in raw.items()},
-    }
+    every = [*encyclopedia(), *(document for version in ENGLISH for document in chapters(version))]
+    for name, text in sorted(every, key=lambda d: tokens.fingerprint(np.frombuffer(d[1].encode(), np.uint8))):
+        raw["validation" if tokens.held_out(name, 25) else "train"].append(text.encode())
+    return {"prose": {k: np.frombuffer(b"\n".join(v), np.uint8) for k, v in raw.items()}}
 
 
 def bible() -> dict[str, Arrays]:
@@ -197,7 +203,8 @@ MAKERS: dict[tuple[str, ...], Callable[[], dict[str, Arrays]]] = {
     ("vader",): vader,
     ("minilm",): minilm,
     ("bible",): bible,
-    ("lm16k", "bytes"): language,
+    ("prose",): prose,
+    ("lm16k",): language,
 }
 
 

@@ -33,7 +33,7 @@ def toy_text(vocabulary: int) -> np.ndarray:
 
 
 class Language(Task):
-    """Next-token prediction. data: "lm16k" or "bytes", or None for made-up text."""
+    """Next-token prediction. data: "lm16k" or "prose", or None for made-up text."""
 
     def __init__(
         self, shape: Shape, data: str | None, recipe: Recipe, device: torch.device, **more: Any

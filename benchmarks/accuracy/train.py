@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,8 +50,33 @@ class Recipe:
         return self.lr * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * part)))
 
 
+class Replayed:
+    """A function of tensors on a GPU that is captured once and then replayed: a step of a small model has
+    hundreds of launches, for which the GPU waits otherwise."""
+
+    def __init__(self, function: Callable[..., Tensor], example: tuple[Tensor, ...]) -> None:
+        self.inputs = tuple(t.clone() for t in example)
+        state = torch.cuda.get_rng_state()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # compiles, and makes what is made once
+                function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = function(*self.inputs)
+        torch.cuda.set_rng_state(state)  # the first run's dropout is that of every later one
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        for place, value in zip(self.inputs, inputs, strict=True):
+            place.copy_(value)
+        self.graph.replay()
+        return self.output.clone()
+
+
 class Task:
-    """Data and model of an experiment. Subclasses give the four methods below.
+    """Data and model of an experiment. Subclasses give the methods that raise NotImplementedError.
 
     Attributes: recipe; unit, what ``seen`` counts; vocabulary of results: the keys of ``evaluate``.
     """
@@ -61,6 +87,7 @@ class Task:
         self.recipe, self.device, self.compiled = recipe, device, compiled
         self.model: nn.Module | None = None
         self.run: Any = None
+        self.replayed: Replayed | None = None
 
     def make(self) -> nn.Module:
         """A new model on the CPU, by torch's global seed."""
@@ -73,6 +100,31 @@ class Task:
     def loss(self, *batch: Tensor) -> Tensor:
         """The mean loss of a batch by ``self.run``, the model or its compiled form."""
         raise NotImplementedError
+
+    def backward(self, *batch: Tensor) -> Tensor:
+        """The mean loss of a batch; its gradients, clipped, in the parameters."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        for parameter in parameters:
+            parameter.grad = None
+        with self.autocast():
+            loss = self.loss(*batch)
+        loss.backward()
+        if self.recipe.clip:
+            nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
+        return loss.detach()
+
+    def gradients(self, seed: int, step: int) -> Tensor:
+        """``backward`` of a step's batch, on a GPU by replay."""
+        batch = self.batch(seed, step)
+        if self.device.type != "cuda":
+            return self.backward(*batch)
+        if self.replayed is None:
+            self.replayed = Replayed(self.backward, batch)
+        return self.replayed(*batch)
+
+    def parameters(self) -> list[nn.Parameter]:
+        assert self.model is not None
+        return list(self.model.parameters())
 
     def evaluate(self) -> dict[str, float]:
         """Held-out figures of the model as it is, in evaluation mode."""
@@ -142,7 +194,7 @@ class Progress:
     waiting: list[Tensor] = field(default_factory=list)
 
     def add(self, loss: Tensor) -> None:
-        self.waiting.append(loss.detach().float())
+        self.waiting.append(loss.float())
 
     def diverged(self) -> bool:
         """Look at what waits: whether some loss is not finite, or the mean of the last 20 is too high."""
@@ -166,21 +218,13 @@ def train(task: Task, optimizer: torch.optim.Optimizer, seed: int, deadline: flo
 
     Raises OutOfTimeError after ``deadline``, a time.monotonic().
     """
-    recipe, assert_model = task.recipe, task.model
-    assert assert_model is not None
-    parameters = [p for p in assert_model.parameters() if p.requires_grad]
-    progress = Progress(recipe.diverged)
+    recipe, progress = task.recipe, Progress(task.recipe.diverged)
     for step in range(recipe.steps):
         torch.manual_seed((seed * 1_000_003 + step) % 2**31)  # of dropout; whatever an optimizer drew
-        with task.autocast():
-            loss = task.loss(*task.batch(seed, step))
-        loss.backward()
-        if recipe.clip:
-            nn.utils.clip_grad_norm_(parameters, recipe.clip)
+        loss = task.gradients(seed, step)
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
         optimizer.step()
-        optimizer.zero_grad()
         progress.add(loss)
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == recipe.steps:
             if progress.diverged():
@@ -218,7 +262,7 @@ def run_cell(task: Task, arm: str, seed: int, deadline: float = math.inf) -> dic
         **{key: f"{value:.6g}" for key, value in figures.items()},
         "train_loss": f"{sum(last) / len(last):.5f}",
         "peak_loss": f"{max(progress.losses[20:] or progress.losses):.4f}",
-        "parameters": sum(p.numel() for p in task.model.parameters()),
+        "parameters": sum(p.numel() for p in task.parameters()),
         "weights": weights,
         "order": order.hexdigest()[:16],
         "step_ms": f"{1e3 * seconds / len(progress.losses):.2f}",
