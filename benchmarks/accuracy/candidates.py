@@ -54,7 +54,7 @@ class Quantizer:
 
     def by_entries(self, values: Tensor, key: Tensor, entries: Tensor) -> Tensor:
         """The same with the table given, which a captured step cannot bring to its device."""
-        scale, inverted = _scales(values, self.scale)
+        scale, inverted = scales_of(values, self.scale)
         return entries[self._codes(values * inverted, entries, key)] * scale
 
     def _codes(self, x: Tensor, entries: Tensor, key: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def _nearest(x: Tensor, entries: Tensor) -> Tensor:
     return torch.bucketize(torch.where(x.isnan(), -torch.inf, x), mids)
 
 
-def _scales(values: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def scales_of(values: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Scales of every element, and their reciprocals (each rounded once)."""
     size = values.abs()
     found: list[Tensor] = []
@@ -250,33 +250,3 @@ class CandidateAdamW(torch.optim.Optimizer):
         run = _compiled if new.is_cuda else _plainly  # one launch instead of forty
         entries = entries_of(quantizer.table, new.device)
         return run(quantizer, new.view(view.rows, view.cols), key, entries).view(new.shape)
-
-
-def errors(optimizer: CandidateAdamW) -> list[dict[str, Any]]:
-    """Of every quantized parameter with a gradient, what the next step's rounding would do: relative error of
-    each moment, share of entries that would not move, share at the ends of the table. Changes nothing."""
-    out = []
-    count = optimizer.count
-    for group in optimizer.param_groups:
-        scalars = ADAMW.scalars(group, count + 1)
-        for number, param in enumerate(group["params"]):
-            state = optimizer.state.get(param)
-            if not state or param.grad is None or not is_quantized(tuple(param.shape)):
-                continue
-            row: dict[str, Any] = {"parameter": number, "step": count, "shape": tuple(param.shape)}
-            for i, (name, quantizer) in enumerate(zip(ADAMW.moments, optimizer.quantizers, strict=True)):
-                if quantizer.table == "exact":
-                    continue
-                view = matrix_view(tuple(param.shape))
-                old = state[name].view(view.rows, view.cols)
-                grad = param.grad.float().view(old.shape)
-                exact = ADAMW.advance(i, old.clone(), grad, grad, scalars)
-                kept = quantizer(exact, torch.tensor(count))
-                top = kept.abs() >= _scales(exact, quantizer.scale)[0]
-                row |= {
-                    f"{name} error": float((kept - exact).norm() / exact.norm().clamp(min=1e-30)),
-                    f"{name} stale": float(((kept == old) & (exact != old)).float().mean()),
-                    f"{name} at top": float(top.float().mean()),
-                }
-            out.append(row)
-    return out

@@ -213,10 +213,17 @@ def curve(losses: list[float]) -> str:
     return " ".join(f"{i * width + len(s)}:{sum(s) / len(s):.4f}" for i, s in enumerate(spans))
 
 
-def train(task: Task, optimizer: torch.optim.Optimizer, seed: int, deadline: float) -> tuple[Progress, bool]:
+def train(
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    seed: int,
+    deadline: float,
+    look: Callable[[int], None] = lambda step: None,
+) -> tuple[Progress, bool]:
     """The steps of a run; (losses, whether it diverged, which ends it early).
 
-    Raises OutOfTimeError after ``deadline``, a time.monotonic().
+    look: called with a step's number when its gradients are there. Raises OutOfTimeError after ``deadline``,
+    a time.monotonic().
     """
     recipe, progress = task.recipe, Progress(task.recipe.diverged)
     for step in range(recipe.steps):
@@ -224,6 +231,7 @@ def train(task: Task, optimizer: torch.optim.Optimizer, seed: int, deadline: flo
         loss = task.gradients(seed, step)
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
+        look(step)
         optimizer.step()
         progress.add(loss)
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == recipe.steps:

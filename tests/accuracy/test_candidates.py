@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.accuracy import anatomy
+from benchmarks.accuracy.anatomy import rows_of
 from benchmarks.accuracy.candidates import (
     CANDIDATES,
     EXACT,
@@ -14,8 +17,7 @@ from benchmarks.accuracy.candidates import (
     Candidate,
     CandidateAdamW,
     Quantizer,
-    _scales,
-    errors,
+    scales_of,
     uniform,
 )
 from shard4bit import AdamW4bit
@@ -62,7 +64,7 @@ def test_stochastic_rounding_is_right_on_average(table: str, scale: str) -> None
     values = torch.randn(4, 200) if min(TABLES[table]) < 0 else torch.rand(4, 200)
     quantizer, draws = Quantizer(table, scale, "stochastic"), 300
     rounds = torch.stack([quantizer(values, torch.tensor(key)) for key in range(draws)]).double()
-    size = _scales(values, scale)[0].double()
+    size = scales_of(values, scale)[0].double()
     inside = values >= TABLES[table][0] * size
     error = ((rounds.mean(0) - values) / size)[inside]
     widest = max(b - a for a, b in pairwise(TABLES[table]))
@@ -102,16 +104,34 @@ def test_compensated_parameters_arrive_where_exact_ones_do() -> None:
     assert near < 0.02 < 0.1 < far, (near, far)
 
 
-def test_errors_change_nothing() -> None:
+def test_anatomy_changes_nothing() -> None:
+    """And the share of stale entries is what the next step shows."""
     params = made()
-    optimizer = CandidateAdamW(params, CANDIDATES["stochastic both"], **OPTIONS)
-    for _ in range(2):
+    model = torch.nn.ParameterList(params)
+    optimizer = CandidateAdamW(params, CANDIDATES["paper"], **OPTIONS)
+    for _ in range(3):
         for p in params:
             p.grad = torch.randn_like(p)
         optimizer.step()
-    before = {p: {k: torch.as_tensor(v).clone() for k, v in optimizer.state[p].items()} for p in params}
-    rows = errors(optimizer)
-    assert len(rows) == 3 and all(0 < row["exp_avg error"] < 0.5 for row in rows)
-    assert all(0 <= row["exp_avg_sq stale"] <= 1 for row in rows)
     for p in params:
-        assert all(torch.equal(before[p][k], torch.as_tensor(v)) for k, v in optimizer.state[p].items())
+        p.grad = torch.randn_like(p)
+    before = {p: {k: v.clone() for k, v in optimizer.state[p].items()} for p in params}
+    rows = rows_of(optimizer, model)
+    for p in params:
+        assert all(torch.equal(before[p][k], v) for k, v in optimizer.state[p].items())
+    assert [r["moment"] for r in rows] == ["exp_avg", "exp_avg_sq"] and rows[0]["elements"] == 71 * 900
+    assert all(0 < r["error"] < 0.5 and 0 < r["direction"] < 1 for r in rows)
+    optimizer.step()
+    for row in rows:
+        same = sum(
+            int((before[p][row["moment"]] == optimizer.state[p][row["moment"]]).sum()) for p in params[:3]
+        )
+        assert row["stale"] == pytest.approx(same / row["elements"], abs=1e-3)
+
+
+def test_anatomy_of_a_toy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "anatomy.csv"
+    assert anatomy.main(["--toy", "--every", "20", "--arms", "paper;v exact", "--out", str(out)]) == 0
+    lines = out.read_text().splitlines()
+    assert lines[0] == ",".join(anatomy.COLUMNS) and len(lines) > 10
+    assert "| v exact | head | exp_avg |" in capsys.readouterr().out
