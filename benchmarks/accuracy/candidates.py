@@ -41,8 +41,9 @@ TABLES: dict[str, tuple[float, ...]] = {
 @dataclass(frozen=True)
 class Quantizer:
     """table: one of TABLES. scale: "block", "rank1" or "both" (the smaller of the two). rounding: "nearest";
-    "stochastic", up with the probability that makes the mean exact; "dither", nearest after adding half a
-    step times a uniform number in (-1, 1)."""
+    "stochastic", up with the probability that makes the mean exact; "sequence", the same with numbers that
+    are spread evenly over steps, rows and columns instead of random ones; "dither", nearest after adding half
+    a step times a uniform number in (-1, 1)."""
 
     table: str
     scale: str
@@ -63,7 +64,7 @@ class Quantizer:
         above = torch.searchsorted(entries, x, right=True).clamp_(1, len(entries) - 1)
         low, high = entries[above - 1], entries[above]
         part = ((x - low) / (high - low)).clamp_(0, 1)
-        chance = uniform(x.shape, key, x.device)
+        chance = (spread if self.rounding == "sequence" else uniform)(x.shape, key, x.device)
         if self.rounding == "dither":
             return above - 1 + (part + chance - 0.5 > 0.5).long()
         return above - 1 + (chance < part).long()
@@ -105,6 +106,15 @@ def uniform(shape: Iterable[int], key: Tensor, device: torch.device) -> Tensor:
     return (_shifted(x ^ _shifted(x, 31), 40)).float() * 2.0**-24
 
 
+def spread(shape: Iterable[int], key: Tensor, device: torch.device) -> Tensor:
+    """Numbers in [0, 1) by row, column and step: the additive recurrence "R3" (Roberts 2018), whose steps are
+    the powers of 1 / 1.2207..., the root of x^4 = x + 1. key: its low 28 bits are the step."""
+    step, row, col = (round(2**32 * 1.2207440846057596**-k) for k in (1, 2, 3))
+    rows, cols = (torch.arange(n, device=device, dtype=torch.int64) for n in shape)
+    x = (key & ((1 << 28) - 1)) * step + rows[:, None] * row + cols * col
+    return ((x & 0xFFFFFFFF) >> 8).float() * 2.0**-24
+
+
 def _shifted(x: Tensor, count: int) -> Tensor:
     """Right, without the sign."""
     return (x >> count) & ((1 << (64 - count)) - 1)
@@ -128,6 +138,7 @@ class Candidate:
 M, V = Quantizer("de", "block"), Quantizer("linear", "rank1")
 RANDOM_M, RANDOM_V = Quantizer("de", "block", "stochastic"), Quantizer("linear", "rank1", "stochastic")
 ROOT_V = Quantizer("sqrt", "rank1", "stochastic")
+SPREAD_V = Quantizer("linear", "rank1", "sequence")
 NORMAL_M = Quantizer("normal", "block")
 EXACT = Quantizer("exact", "")
 CANDIDATES: dict[str, Candidate] = {
@@ -150,6 +161,11 @@ CANDIDATES: dict[str, Candidate] = {
     "compensated, v exact": Candidate(M, EXACT, 1.0),
     "compensated by half": Candidate(M, V, 0.5),
     "compensated, stochastic v": Candidate(M, RANDOM_V, 1.0),
+    "compensated, sequence v": Candidate(M, SPREAD_V, 1.0),
+    "compensated, sequence sqrt v": Candidate(M, Quantizer("sqrt", "rank1", "sequence"), 1.0),
+    "compensated, stochastic log v": Candidate(M, Quantizer("log", "rank1", "stochastic"), 1.0),
+    "compensated, stochastic v by both": Candidate(M, Quantizer("linear", "both", "stochastic"), 1.0),
+    "compensated, stochastic block v": Candidate(M, Quantizer("linear", "block", "stochastic"), 1.0),
     "compensated, sqrt v": Candidate(M, Quantizer("sqrt", "rank1"), 1.0),
     "compensated, stochastic sqrt v": Candidate(M, ROOT_V, 1.0),
     "compensated normal m": Candidate(NORMAL_M, V, 1.0),

@@ -58,11 +58,12 @@ def test_tables_rise_to_one_in_sixteen_entries(name: str) -> None:
 
 @pytest.mark.parametrize("scale", ["block", "rank1", "both"])
 @pytest.mark.parametrize("table", TABLES)
-def test_stochastic_rounding_is_right_on_average(table: str, scale: str) -> None:
+@pytest.mark.parametrize("rounding", ["stochastic", "sequence"])
+def test_stochastic_rounding_is_right_on_average(table: str, scale: str, rounding: str) -> None:
     """And each value goes to one of its neighbours. (Below its smallest entry a table cannot be right.)"""
     torch.manual_seed(1)
     values = torch.randn(4, 200) if min(TABLES[table]) < 0 else torch.rand(4, 200)
-    quantizer, draws = Quantizer(table, scale, "stochastic"), 300
+    quantizer, draws = Quantizer(table, scale, rounding), 300
     rounds = torch.stack([quantizer(values, torch.tensor(key)) for key in range(draws)]).double()
     size = scales_of(values, scale)[0].double()
     inside = values >= TABLES[table][0] * size
