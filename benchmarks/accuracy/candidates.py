@@ -109,7 +109,7 @@ def uniform(shape: Iterable[int], key: Tensor, device: torch.device) -> Tensor:
 def spread(shape: Iterable[int], key: Tensor, device: torch.device) -> Tensor:
     """Numbers in [0, 1) by row, column and step: the additive recurrence "R3" (Roberts 2018), whose steps are
     the powers of 1 / 1.2207..., the root of x^4 = x + 1. key: its low 28 bits are the step."""
-    step, row, col = (round(2**32 * 1.2207440846057596**-k) for k in (1, 2, 3))
+    step, row, col = (round(2**32 * 1.2207440846057596**-k) - 2**32 for k in (1, 2, 3))  # int32, for Triton
     rows, cols = (torch.arange(n, device=device, dtype=torch.int64) for n in shape)
     x = (key & ((1 << 28) - 1)) * step + rows[:, None] * row + cols * col
     return ((x & 0xFFFFFFFF) >> 8).float() * 2.0**-24
