@@ -3,7 +3,8 @@
 "fp32" is torch's AdamW, the 32-bit baseline; "fp32 beta1=0.8" the same with another beta1, to tell what
 compensation does from what less momentum does. "8bit", "rank1", "block", "factored" and the second moments
 of shard4bit.spec ("B2048/DE-0") are AdamW4bit with a B128/DE first moment. "+emb32" after a name keeps
-the moments of embeddings in fp32 (the paper's "stable embedding"). The names of candidates.py are arms too.
+the moments of embeddings in fp32 (the paper's "stable embedding"). The names of candidates.py are arms too;
+those of Table 1's second moments are trained by it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 import shard4bit
-from benchmarks.accuracy.candidates import CANDIDATES, CandidateAdamW
+from benchmarks.accuracy.candidates import ABLATED, CANDIDATES, CandidateAdamW
 from shard4bit.spec import ADAMW_8BIT
 
 BASELINE = "fp32"
@@ -73,7 +74,8 @@ def make_optimizer(arm: str, model: nn.Module, **common: Any) -> torch.optim.Opt
             common["betas"] = (float(base.removeprefix(BETA1)), common["betas"][1])
         on_gpu = next(model.parameters()).is_cuda
         return torch.optim.AdamW(made, fused=on_gpu or None, **common)
-    if base in CANDIDATES:
-        return CandidateAdamW(made, CANDIDATES[base], seed=torch.initial_seed(), **common)
+    candidate = (CANDIDATES | ABLATED).get(base)
+    if candidate is not None:
+        return CandidateAdamW(made, candidate, seed=torch.initial_seed(), **common)
     options = OPTIONS.get(base, {"second_moment": base})
     return shard4bit.AdamW4bit(made, **common, **options)

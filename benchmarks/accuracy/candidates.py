@@ -35,12 +35,15 @@ TABLES: dict[str, tuple[float, ...]] = {
     "sqrt": tuple((k / 16) ** 2 for k in range(1, 17)),  # linear in the root of v
     "log": tuple(10 ** (-3 * (15 - k) / 15) for k in range(16)),  # three decades
     "normal": (*(-x for x in reversed(_NF_BELOW)), *_NF),
+    "unsigned de": table("de", 4, False),
+    "de-0": table("de0", 4, False),
 }
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """table: one of TABLES. scale: "block", "rank1" or "both" (the smaller of the two). rounding: "nearest";
+    """table: one of TABLES. scale: "block" (of 128), "block2048", "rank1" or "both" (the smaller of
+    "block"'s and "rank1"'s). rounding: "nearest";
     "stochastic", up with the probability that makes the mean exact; "sequence", the same with numbers that
     are spread evenly over steps, rows and columns instead of random ones; "dither", nearest after adding half
     a step times a uniform number in (-1, 1)."""
@@ -85,9 +88,10 @@ def scales_of(values: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Scales of every element, and their reciprocals (each rounded once)."""
     size = values.abs()
     found: list[Tensor] = []
-    if kind in ("block", "both"):
-        blocks = torch.nn.functional.pad(size, (0, -size.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-        found.append(settle(blocks.amax(2)).repeat_interleave(BLOCK, 1)[:, : size.shape[1]])
+    if kind != "rank1":
+        block = 2048 if kind == "block2048" else BLOCK
+        blocks = torch.nn.functional.pad(size, (0, -size.shape[1] % block)).unflatten(1, (-1, block))
+        found.append(settle(blocks.amax(2)).repeat_interleave(block, 1)[:, : size.shape[1]])
     if kind in ("rank1", "both"):
         found += [settle(size.amax(1))[:, None], settle(size.amax(0))[None, :]]
     scale, inverted = found[0], inverse(found[0])
@@ -171,6 +175,13 @@ CANDIDATES: dict[str, Candidate] = {
     "compensated normal m": Candidate(NORMAL_M, V, 1.0),
     "compensated normal m, stochastic sqrt v": Candidate(NORMAL_M, ROOT_V, 1.0),
     "compensated stochastic m": Candidate(RANDOM_M, V, 1.0),
+}
+#: Second moments of the paper's Table 1 for which there are no kernels: the library's bits, but faster on a
+#: GPU than its reference.
+ABLATED: dict[str, Candidate] = {
+    f"{norm}/{mapping}": Candidate(M, Quantizer(entries, scale))
+    for norm, scale in (("B2048", "block2048"), ("B128", "block"), ("Rank-1", "rank1"))
+    for mapping, entries in (("DE", "unsigned de"), ("DE-0", "de-0"))
 }
 
 
