@@ -177,6 +177,14 @@ class Slab:
                 yield stored, start, stop - start
             stored += stop - start
 
+    def row_numbers(self, row0: int, row1: int) -> list[int]:
+        """The global numbers of stored rows [row0, row1)."""
+        out: list[int] = []
+        for stored, start, count in self.row_pieces():
+            low, high = max(row0, stored), min(row1, stored + count)
+            out += range(start + low - stored, start + high - stored)
+        return out
+
     def units(self, size: int) -> Range:
         """[first, stop) of the groups of ``size`` columns that the stored columns touch."""
         if self.col1 == self.col0:

@@ -20,6 +20,7 @@ from shard4bit.layout import Piece, block_pieces
 from shard4bit.maths import normalize
 from shard4bit.maths.mapping import codec, encode
 from shard4bit.maths.packing import pack_codes, packed_window, unpack_values
+from shard4bit.maths.rounding import draws, encode_drawn
 from shard4bit.maths.update import Rule, lead
 from shard4bit.spec import Factored, Full, QuantSpec
 from shard4bit.state import Moment
@@ -156,8 +157,9 @@ def _factored_values(moment: Moment, window: Window) -> Tensor:
     return ratio[:, None] * cols[None, :]
 
 
-def _store(moment: Moment, fresh: dict[str, Tensor], new: Tensor, window: Window) -> None:
-    """Encode the new values (rows, columns) of one window; overwrites ``new``."""
+def _store(moment: Moment, fresh: dict[str, Tensor], new: Tensor, window: Window, draw: int = 0) -> None:
+    """Encode the new values (rows, columns) of one window; overwrites ``new``. draw: the step, where a second
+    moment is rounded stochastically."""
     if not isinstance(moment.spec, QuantSpec):
         return
     spec, slab = moment.spec, moment.slab
@@ -171,7 +173,11 @@ def _store(moment: Moment, fresh: dict[str, Tensor], new: Tensor, window: Window
     else:
         _store_blocks(moment, fresh, new, window)
     byte0 = packed_window(slab.col0, slab.col1, spec.bits)[0]
-    codes = encode(new, codec(spec, new.device))
+    if draw and spec.mapping == "linear":
+        numbers = torch.tensor(slab.row_numbers(window.row0, window.row1), device=new.device)
+        codes = encode_drawn(new, draws(numbers, window.col0, window.col1, draw), spec.bits)
+    else:
+        codes = encode(new, codec(spec, new.device))
     target = moment.matrix("codes")[rows]
     pack_codes(target, byte0, window.col0, window.col1, codes, spec.bits)
 
@@ -274,7 +280,7 @@ class ReferenceBackend:
             chunk.target.copy_(updated)
         rest = zip(work.moments, work.fresh, news, strict=True)
         for moment, fresh, new in islice(rest, unstored, None):
-            _store(moment, fresh, new, window)
+            _store(moment, fresh, new, window, int(work.scalars["draw"]))
 
 
 def _limit(work: Work) -> int:

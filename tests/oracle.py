@@ -133,6 +133,34 @@ def decode(codes: Array, scale: Array, table: Array) -> Array:
     return table.astype(F32)[codes] * scale
 
 
+def dice(shape: tuple[int, int], step: int) -> Array:
+    """Numbers in [0, 1) by row, column and step, 15 bits each, as float64: a hash of row, column // 8 and
+    step, which each further column of the eight multiplies on."""
+    rows, cols = shape
+    out = np.empty(shape, np.float64)
+    with np.errstate(over="ignore"):
+        for start in range(0, cols, 8):
+            x = np.arange(rows, dtype=np.uint32) * np.uint32(2246822507)
+            x += np.uint32(step) * np.uint32(2654435769) + np.uint32(start // 8) * np.uint32(3266489909)
+            for shift, factor in ((16, 2146121005), (15, 2221713035), (16, 1)):
+                x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+            for col in range(start, min(start + 8, cols)):
+                out[:, col] = ((x >> np.uint32(8)) & np.uint32(0x7FFF)) / 2.0**15
+                x = x * np.uint32(2438952949)
+    return out
+
+
+@np.errstate(all="ignore")
+def encode_by_dice(x: Array, scale: Array, bits: int, step: int) -> Array:
+    """Stochastic codes of the linear map: the quotient lies between two entries and goes up where the dice
+    reach its distance from the upper one."""
+    y = x.astype(F32) * (F32(1) / np.asarray(scale, F32))
+    thrown = (1 + dice(y.shape, step)).astype(F32)
+    number = np.floor(y * F32(2**bits) + thrown).astype(np.float64) - 2
+    codes = np.clip(np.where(np.isnan(number), 0, number), 0, 2**bits - 1)
+    return np.where(scale == 0, 0, codes).astype(np.uint8)
+
+
 def pack(codes: Array, bits: int) -> Array:
     """Bytes of a matrix of codes; at 4 bits column 2j is the low nibble of byte j of its row."""
     if bits == 8:
@@ -149,13 +177,18 @@ def unpack(packed: Array, bits: int, cols: int) -> Array:
     return pairs.reshape(len(packed), -1)[:, :cols]
 
 
-def store_moment(state: State, name: str, x: Array, spec: Spec | None) -> None:
-    """Write a moment into the state: as it is without a spec, else as codes and statistics."""
+def store_moment(state: State, name: str, x: Array, spec: Spec | None, dice_of: int = 0) -> None:
+    """Write a moment into the state: as it is without a spec, else as codes and statistics. dice_of: a step,
+    for stochastic rounding."""
     if spec is None:
         state[name] = x
         return
     stats = measure(x, spec)
-    codes = encode(x, scale_matrix(stats, spec, x.shape), spec.table())
+    scale = scale_matrix(stats, spec, x.shape)
+    if dice_of and spec.mapping == "linear":
+        codes = encode_by_dice(x, scale, spec.bits, dice_of)
+    else:
+        codes = encode(x, scale, spec.table())
     state[f"{name}_codes"] = pack(codes, spec.bits)
     state.update({f"{name}_{suffix}": value for suffix, value in stats.items()})
 
@@ -228,6 +261,7 @@ class OracleAdamW:
         weight_decay: float,
         maximize: bool = False,
         compensate: bool = False,
+        rounding: str = "nearest",
     ) -> Array:
         """One step; returns the new parameter. Scalars are float64 rounded once to float32."""
         self.state["step"] += 1
@@ -245,7 +279,8 @@ class OracleAdamW:
         else:
             v = load_moment(self.state, "exp_avg_sq", self.shape, self.second)
             v = v * keep2 + square * take2
-            store_moment(self.state, "exp_avg_sq", v, self.second)
+            dice_of = self.state["step"] if rounding == "stochastic" else 0
+            store_moment(self.state, "exp_avg_sq", v, self.second, dice_of)
         store_moment(self.state, "exp_avg", m, self.first)
         if compensate:
             kept = load_moment(self.state, "exp_avg", self.shape, self.first)

@@ -139,9 +139,9 @@ def run(
                 assert torch.equal(bits(found), bits(expected)), (step, moment.name, part.suffix)
 
 
-def adamw_scalars(step: int, *, compensate: bool = False) -> Any:
+def adamw_scalars(step: int, *, compensate: bool = False, rounding: str = "nearest") -> Any:
     group = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "compensate": compensate}
-    return ADAMW.scalars(group, step)
+    return ADAMW.scalars({**group, "rounding": rounding}, step)
 
 
 def sgd_scalars(step: int, *, compensate: bool = False) -> Any:
@@ -175,6 +175,17 @@ def test_adamw_is_the_same_for_every_cut(
         parse_spec(names[1], signed=False, argument="second"),
     ]
     run(ADAMW, problem, specs, partial(adamw_scalars, compensate=compensate))
+
+
+@pytest.mark.parametrize("second", ["rank1", pytest.param("block", marks=pytest.mark.slow), "B37/Linear/8"])
+@QUICK
+@given(problem=problems())
+def test_stochastic_rounding_is_the_same_for_every_cut(second: str, problem: dict[str, Any]) -> None:
+    specs = [
+        parse_spec("B128/DE", signed=True, argument="first"),
+        parse_spec(second, signed=False, argument="second"),
+    ]
+    run(ADAMW, problem, specs, partial(adamw_scalars, rounding="stochastic"))
 
 
 @pytest.mark.parametrize("compensate", [False, True], ids=["plain", "compensated"])

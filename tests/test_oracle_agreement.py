@@ -115,16 +115,26 @@ def random_grads(rng: np.random.Generator, shape: tuple[int, int], steps: int) -
 
 @pytest.mark.parametrize("second", [*SECOND_MOMENTS, "B37/DE/8", "B5/Linear/8", "Rank-1/DE-0/8"])
 @pytest.mark.parametrize(
-    ("shape", "compensate"),
-    [((61, 131), False), ((5, 1025), False), ((4100, 3), False), ((61, 131), True)],
-    ids=["61x131", "5x1025", "4100x3", "61x131-compensated"],
+    ("shape", "options"),
+    [
+        ((61, 131), {}),
+        ((5, 1025), {}),
+        ((4100, 3), {}),
+        ((61, 131), {"compensate": True}),
+        ((61, 131), {"rounding": "stochastic"}),
+    ],
+    ids=["61x131", "5x1025", "4100x3", "61x131-compensated", "61x131-stochastic"],
 )
-def test_adamw_equals_the_oracle(second: str, shape: tuple[int, int], compensate: bool) -> None:
+def test_adamw_equals_the_oracle(second: str, shape: tuple[int, int], options: dict[str, Any]) -> None:
     rng = np.random.default_rng(len(second) + shape[0])
     first = FIRST_MOMENTS[len(second) % len(FIRST_MOMENTS)]
     start = rng.standard_normal(shape).astype(np.float32)
     hyper: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    hyper["compensate"] = compensate
+    if "rounding" in options and "Linear" not in second and second != "fp32":
+        with pytest.raises(ValueError, match="rounding"):
+            shard4bit.AdamW4bit([torch.nn.Parameter(torch.zeros(shape))], second_moment=second, **options)
+        return
+    hyper |= options
     param = torch.nn.Parameter(torch.from_numpy(start.copy()))
     optimizer = shard4bit.AdamW4bit([param], first_moment=first, second_moment=second, **hyper)
     specs = [oracle_spec(m.spec) for m in optimizer.bind()[0].moments]

@@ -163,7 +163,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         seeds=16,
         metrics=(replace(NATS, unit="nats/byte", delta=0.005),),
         shape=Shape(layers=8, width=512, heads=8, context=512, vocabulary=256, tied=False, embedding=1.0),
-        recipe=Recipe(steps=1200, batch=32, lr=2e-3, warmup=100),
+        recipe=Recipe(steps=1200, batch=32, lr=1e-3, warmup=100),
         toy_shape=replace(TOY, tied=False),
         toy_recipe=TOY_RECIPE,
         make=Language,

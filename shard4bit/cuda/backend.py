@@ -45,7 +45,7 @@ def _pack_scalars(record: Any, work: Work, *, adamw: bool) -> None:
     scalars, names = work.scalars, _SCALARS["adamw" if adamw else "sgd"]
     record["scalars"][: len(names)] = [scalars[name] for name in names]
     record["maximize"], record["first"] = work.maximize, scalars.get("first", 0.0)
-    record["ahead"] = scalars["ahead"]
+    record["ahead"], record["draw"] = scalars["ahead"], int(scalars["draw"])
     if adamw:
         record["tame"] = _is_tame(scalars)
         if work.maximize:
@@ -68,6 +68,7 @@ def _recipe(work: Work, *, adamw: bool) -> Any:
     else:
         record["lr"] = options["lr"]
     record["ahead"], record["maximize"] = options["ahead"], work.maximize
+    record["stochastic"] = options["stochastic"] != 0.0
     return record
 
 

@@ -63,6 +63,8 @@ def describe_slab(record: Any, slab: Slab) -> None:
     for field in ("numel", "head", "tail", "rows", "col0", "col1"):
         record[field] = getattr(slab, field)
     record["cols"], record["all_rows"] = slab.view.cols, slab.view.rows
+    if slab.row_ranges:
+        record["row0"] = slab.row_ranges[0][0] & 0xFFFFFFFF
 
 
 def describe_moment(record: Any, moment: Moment, fields: Mapping[str, str]) -> None:
@@ -134,6 +136,7 @@ class BatchBuilder:
             self.slabs[number][field] = pools[pool].data_ptr() + start * pools[pool].element_size()
         for work, moment, name, (pool, start, count), shape in views:
             work.fresh[moment][name] = pools[pool][start : start + count].view(shape)
+        numbers = self._number_rows()
         tiles = {}
         for kind, found in kinds.items():
             joined = tables.joined(found)
@@ -158,7 +161,7 @@ class BatchBuilder:
             leaders=[],
             tiles=tiles,
             zeroed=pools["zeroed"],
-            keep=[*pools.values(), computed, *counts],
+            keep=[*pools.values(), *numbers, computed, *counts],
         )
 
     def _bytes(self, size: int) -> Tensor:
@@ -170,6 +173,16 @@ class BatchBuilder:
             pool: torch.zeros(size, dtype=dtypes.get(pool, torch.float32), device=self.runtime.device)
             for pool, size in self.sizes.items()
         }
+
+    def _number_rows(self) -> list[Tensor]:
+        """For slabs whose stored rows are not one range of the whole's, the number of each on the device."""
+        out = []
+        for record, work in zip(self.slabs, self.works, strict=True):
+            if len(work.slab.row_ranges) > 1:
+                numbers = np.array(work.slab.row_numbers(0, work.slab.rows), np.int64).astype(np.uint32)
+                out.append(self.runtime.upload(numbers))
+                record["numbers"] = out[-1].data_ptr()
+        return out
 
     def _describe(self, number: int, work: Work) -> None:
         record, moments = self.slabs[number], work.moments

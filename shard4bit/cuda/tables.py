@@ -17,12 +17,13 @@ ROWS, COLS, MEAN = 0, 1, 2
 
 _POINTERS = (
     *("m_codes", "m_absmax", "v_codes", "v_row", "v_col", "v_mean", "new_m_absmax", "new_v_absmax"),
-    *("new_row", "new_col", "new_sum", "part_row", "part_col"),
+    *("new_row", "new_col", "new_sum", "part_row", "part_col", "numbers"),
 )
 SLAB = np.dtype(
     [(name, np.uint64) for name in _POINTERS]
     + [(name, np.int64) for name in ("numel", "head", "tail", "all_rows")]
-    + [(name, np.int32) for name in ("rows", "col0", "col1", "cols", "kind", "pad")]
+    + [(name, np.int32) for name in ("rows", "col0", "col1", "cols", "kind")]
+    + [("row0", np.uint32)]
 )
 LIVE = np.dtype([("param", np.uint64), ("grad", np.uint64), ("hyper", np.int32), ("active", np.int32)])
 TILE = np.dtype([(name, np.int32) for name in ("slab", "row0", "rows", "group")])
@@ -33,12 +34,13 @@ HYPER = np.dtype(
         ("first", np.int32),
         ("tame", np.int32),
         ("ahead", np.float32),
+        ("draw", np.uint32),
     ]
 )
 RECIPE = np.dtype(
     [(name, np.float64) for name in ("lr", "ahead", "a", "b", "c", "d")]
     + [(name, np.uint64) for name in ("lr_at", "count")]
-    + [(name, np.int32) for name in ("wide", "maximize")]
+    + [(name, np.int32) for name in ("wide", "maximize", "stochastic", "pad")]
 )
 BIN_SCALE = 63
 

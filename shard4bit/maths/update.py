@@ -46,6 +46,7 @@ class Rule:
     moments: names of the moments, in the order of all sequences below.
     options: (param_group) -> what the scalars follow from, as floats; "lr" as it is, a number or a tensor.
     scalars: (param_group, step count after this step) -> the rule's scalars. "ahead": see :func:`lead`.
+        "draw": this step's number where second moments are rounded stochastically (maths.rounding), else 0.
         cuda/kernels/scalars.cu does the same, operation by operation, from options where the step count lies
         on the device.
     advance: (index, old moment, gradient, parameter, scalars) -> new moment; may overwrite the old one.
@@ -78,7 +79,8 @@ def _ahead(group: Mapping[str, Any], decay: float) -> float:
 def _adamw_options(group: Mapping[str, Any]) -> Options:
     beta1, beta2 = (float(b) for b in group["betas"])
     rest = {key: float(group[key]) for key in ("eps", "weight_decay")}
-    return {"lr": group["lr"], "beta1": beta1, "beta2": beta2, **rest, "ahead": _ahead(group, beta1)}
+    rest |= {"ahead": _ahead(group, beta1), "stochastic": float(group.get("rounding") == "stochastic")}
+    return {"lr": group["lr"], "beta1": beta1, "beta2": beta2, **rest}
 
 
 def _adamw_scalars(group: Mapping[str, Any], step: int) -> Scalars:
@@ -95,6 +97,7 @@ def _adamw_scalars(group: Mapping[str, Any], step: int) -> Scalars:
         "root": 1.0 / math.sqrt(1.0 - power(beta2, step)),
         "eps": options["eps"],
         "ahead": options["ahead"] * correction,
+        "draw": step * options["stochastic"],
     }
 
 
@@ -116,7 +119,7 @@ ADAMW = Rule("adamw", ("exp_avg", "exp_avg_sq"), _adamw_options, _adamw_scalars,
 def _sgd_options(group: Mapping[str, Any]) -> Options:
     names = ("momentum", "dampening", "weight_decay", "nesterov")
     options = {key: float(group[key]) for key in names}
-    return {"lr": group["lr"], **options, "ahead": _ahead(group, options["momentum"])}
+    return {"lr": group["lr"], **options, "ahead": _ahead(group, options["momentum"]), "stochastic": 0.0}
 
 
 def _sgd_scalars(group: Mapping[str, Any], step: int) -> Scalars:
@@ -130,6 +133,7 @@ def _sgd_scalars(group: Mapping[str, Any], step: int) -> Scalars:
         "weight_decay": options["weight_decay"],
         "nesterov": options["nesterov"],
         "ahead": options["ahead"],
+        "draw": 0.0,
     }
 
 

@@ -31,6 +31,9 @@ class AdamW4bit(QuantizedOptimizer):
         maximize: ascend instead of descend.
         compensate: let the step make good what rounding the first moment would do to the parameters in later
             steps (``maths.update.lead``); not in the paper.
+        rounding: of the second moment's codes: "nearest" (the paper's), or "stochastic", right on average, by
+            numbers that follow from the step and an element's row and column (``maths.rounding``). The latter
+            needs a second moment with a linear map ("rank1", "block"), or none to round (fp32).
         capturable: ``step()`` can be captured in a CUDA graph, after a step outside of it, and a replay is a
             step, bit for bit: the step counts lie on the parameters' device, and an lr in a tensor there
             (float32 or float64) is read there. For all groups alike; on the CPU it changes nothing.
@@ -58,6 +61,7 @@ class AdamW4bit(QuantizedOptimizer):
         quantize: bool = True,
         maximize: bool = False,
         compensate: bool = False,
+        rounding: str = "nearest",
         capturable: bool = False,
     ) -> None:
         defaults = {
@@ -70,6 +74,7 @@ class AdamW4bit(QuantizedOptimizer):
             "quantize": quantize,
             "maximize": maximize,
             "compensate": compensate,
+            "rounding": rounding,
             "capturable": capturable,
         }
         self._check_group(defaults)
@@ -84,6 +89,7 @@ class AdamW4bit(QuantizedOptimizer):
             group[option] = str(parse_spec(group[option], signed=signed, argument=option))
         for option in ("quantize", "maximize", "compensate"):
             validate.boolean(group, option)
+        validate.rounding(group)
         validate.capturable(group)
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:

@@ -13,7 +13,7 @@ from shard4bit.errors import StateError
 from shard4bit.placement import is_dtensor, to_local
 
 SPEC_OPTIONS = ("quantize", "first_moment", "second_moment", "momentum_buffer")
-OWN_OPTIONS = (*SPEC_OPTIONS, "compensate")  # that torch's optimizers do not have
+OWN_OPTIONS = (*SPEC_OPTIONS, "compensate", "rounding")  # that torch's optimizers do not have
 #: how an optimizer runs, not what it computes: never taken from or told to another one
 RUN_OPTIONS = ("capturable",)
 

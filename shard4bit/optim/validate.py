@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shard4bit.errors import LayoutError
 from shard4bit.placement import is_dtensor
+from shard4bit.spec import Full, QuantSpec, parse_spec
 
 #: options of torch's optimizers that would change what they compute, and that ours do not have
 UNSUPPORTED = ("amsgrad", "differentiable", "foreach", "fused", "decoupled_weight_decay")
@@ -46,6 +47,20 @@ def betas(group: Mapping[str, Any]) -> None:
 def boolean(group: Mapping[str, Any], name: str) -> None:
     if not isinstance(group[name], bool):
         raise ValueError(f"{name}={group[name]!r}: expected True or False")
+
+
+def rounding(group: Mapping[str, Any]) -> None:
+    """Check the option, and that there is something it can round."""
+    value = group["rounding"]
+    if value not in ("nearest", "stochastic"):
+        raise ValueError(f'rounding={value!r}: expected "nearest" or "stochastic"')
+    spec = parse_spec(group["second_moment"], signed=False, argument="second_moment")
+    linear = isinstance(spec, QuantSpec) and spec.mapping == "linear"
+    if value == "stochastic" and group["quantize"] and not linear and not isinstance(spec, Full):
+        raise ValueError(
+            f'rounding="stochastic" with second_moment={spec}: expected codes of a linear map, as of "rank1" '
+            'and "block"; use rounding="nearest" with this one'
+        )
 
 
 def same(name: str, group: Mapping[str, Any], first: Mapping[str, Any]) -> None:

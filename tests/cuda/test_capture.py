@@ -79,7 +79,7 @@ def test_adamw_s_scalars_are_the_host_s(betas: tuple[float, float], maximize: bo
     decays, epsilons = [0.0, 0.1, 0.01], [1e-8, 0.0, 1.0, 1e5]
     for i, lr in enumerate(RATES):
         group = {"lr": lr, "betas": betas, "eps": epsilons[i % 4], "weight_decay": decays[i % 3]}
-        group["compensate"] = i % 2 == 1
+        group |= {"compensate": i % 2 == 1, "rounding": ["nearest", "stochastic"][i // 2 % 2]}
         check_scalars(ADAMW, group, maximize)
 
 
@@ -114,6 +114,7 @@ ADAMW_OPTIONS: list[dict[str, Any]] = [
     {"betas": (0.5, 0.24), "maximize": True},
     {"eps": 1e-3, "weight_decay": 0.0, "compensate": True},
 ]
+DRAWN_OPTIONS = [*ADAMW_OPTIONS[:2], {"weight_decay": 0.0, "rounding": "stochastic"}]
 SGD_OPTIONS: list[dict[str, Any]] = [
     {},
     {"momentum": 0.5, "maximize": True},
@@ -121,7 +122,7 @@ SGD_OPTIONS: list[dict[str, Any]] = [
 ]
 MAKERS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
     "rank1": (partial(shard4bit.AdamW4bit, weight_decay=0.1), ADAMW_OPTIONS),
-    "block": (partial(shard4bit.AdamW4bit, weight_decay=0.1, second_moment="block"), ADAMW_OPTIONS),
+    "block": (partial(shard4bit.AdamW4bit, weight_decay=0.1, second_moment="block"), DRAWN_OPTIONS),
     "factored": (partial(shard4bit.AdamW4bit, weight_decay=0.1, second_moment="factored"), ADAMW_OPTIONS),
     "fp32": (partial(shard4bit.AdamW4bit, quantize=False), ADAMW_OPTIONS),
     "dampening": (partial(shard4bit.SGD4bit, weight_decay=0.01, dampening=0.1), SGD_OPTIONS),
@@ -331,7 +332,7 @@ def test_launches(kind: str) -> None:
         optimizer.step()
     rule = "sgd" if kind == "sgd" else "adamw"
     assert [name for name, _ in runtime.launches] == [f"{rule}_scalars", *LAUNCHES[kind], "count_steps"]
-    assert runtime.uploads == [(2 * 24 + 2 * 72, True)]
+    assert runtime.uploads == [(2 * 24 + 2 * tables.RECIPE.itemsize, True)]
 
 
 # ---- ranks ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -52,6 +53,39 @@ NAMES = [("B128/DE", "rank1"), ("B128/DE", "block"), ("fp32", "fp32")]
 def test_adamw(names: tuple[str, str], order: int, compensate: bool, problem: dict[str, Any]) -> None:
     scalars = partial(adamw_scalars, compensate=compensate)
     run(ADAMW, problem, specs_of(*names), scalars, backend=partial(emulated, order))
+
+
+@pytest.mark.parametrize("order", [o if not o else pytest.param(o, marks=pytest.mark.slow) for o in ORDERS])
+@pytest.mark.parametrize("names", NAMES[:2], ids="+".join)
+@QUICK
+@given(problem=problems())
+def test_stochastic_rounding(names: tuple[str, str], order: int, problem: dict[str, Any]) -> None:
+    scalars = partial(adamw_scalars, compensate=True, rounding="stochastic")
+    run(ADAMW, problem, specs_of(*names), scalars, backend=partial(emulated, order))
+
+
+@pytest.mark.parametrize("backend", [ReferenceBackend, emulated], ids=["reference", "kernels"])
+@pytest.mark.parametrize("names", NAMES[:2], ids="+".join)
+def test_stochastic_rounding_of_scattered_rows(names: tuple[str, str], backend: Any) -> None:
+    """A part whose rows are several stretches of the whole's, as a cut of the second of three dimensions."""
+    shape, ends = (4, 30, 70), [0, 9, 10, 30]
+    start, *grads = torch.randn((4, 4 * 30, 70), generator=torch.Generator().manual_seed(1))
+    group, specs = ThreadGroup(3), specs_of(*names)
+    near = [(group, Neighbours("rows"))]
+    slabs = [Slab.box(shape, [(0, 4), (a, b), (0, 70)]) for a, b in pairwise(ends)]
+    assert [len(slab.row_ranges) for slab in slabs] == [4, 4, 4]
+    whole = Rank.make(Slab.whole(shape), start, ADAMW.moments, specs, [])
+    ranks = [Rank.make(slab, start, ADAMW.moments, specs, near) for slab in slabs]
+    for rank in ranks:
+        rank.backend = backend()
+    for step, grad in enumerate(grads, 1):
+        scalars = adamw_scalars(step, rounding="stochastic")
+        whole.step(ADAMW, grad, scalars)
+        in_threads([partial(rank.step, ADAMW, grad, scalars) for rank in ranks])
+    for rank, (a, b) in zip(ranks, pairwise(ends), strict=True):
+        assert torch.equal(rank.param, whole.param.view(shape)[:, a:b])
+        codes = whole.moments[1].tensors["codes"].view(4, 30, -1)[:, a:b]
+        assert torch.equal(rank.moments[1].tensors["codes"].view(codes.shape), codes)
 
 
 @pytest.mark.parametrize("compensate", [False, True], ids=["plain", "compensated"])

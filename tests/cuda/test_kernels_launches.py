@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import shard4bit
+from shard4bit.cuda import tables
 from shard4bit.cuda.backend import KernelBackend
 from tests.cuda.emulator import available
 from tests.cuda.runtime import EmulatorRuntime, served_by
@@ -59,7 +60,7 @@ def test_launches(kind: str) -> None:
         assert len(uploads) == len(uploads_of_one)
     for _, uploads in many[1:]:  # tables are made once; addresses and scalars go up in one copy
         assert [into for _, into in uploads] == [True]
-        assert uploads[0][0] == 24 * len(SHAPES) + 48
+        assert uploads[0][0] == 24 * len(SHAPES) + tables.HYPER.itemsize
 
 
 def test_only_small_parameters() -> None:
@@ -82,4 +83,4 @@ def test_groups_share_launches() -> None:
     with served_by(KernelBackend(runtime)):
         optimizer.step()
     assert [name for name, _ in runtime.launches] == LAUNCHES["rank1"]
-    assert runtime.uploads[-1] == (4 * 24 + 4 * 48, True)
+    assert runtime.uploads[-1] == (4 * 24 + 4 * tables.HYPER.itemsize, True)

@@ -105,6 +105,15 @@ def test_compensated_adamw(dtype: str, second: str, special: float | None) -> No
     step_and_compare(host, device, params, others, 1, special)
 
 
+@pytest.mark.parametrize("special", [None, float("inf")], ids=["finite", "inf"])
+@pytest.mark.parametrize("second", ["rank1", "block"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stochastic_rounding(dtype: str, second: str, special: float | None) -> None:
+    options = {"lr": 1e-2, "second_moment": second, "compensate": True, "rounding": "stochastic"}
+    host, device, params, others = pair(DTYPES[dtype], lambda p: shard4bit.AdamW4bit(p, **options))
+    step_and_compare(host, device, params, others, 1, special)
+
+
 @pytest.mark.parametrize("compensate", [False, True], ids=["plain", "compensated"])
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_sgd(nesterov: bool, compensate: bool) -> None:

@@ -258,6 +258,7 @@ def _tree(package: Package, loads: dict[str, Callable[[], Tensor]]) -> dict[str,
     groups = [
         {
             **dict.fromkeys(("compensate", *RUN_OPTIONS), False),  # where the source does not say
+            **({"rounding": "nearest"} if "betas" in g["options"] else {}),
             **{k: tuple(v) if isinstance(v, list) else v for k, v in g["options"].items()},
             "params": g["parameters"],
         }

@@ -47,6 +47,29 @@ DEVICE u32 encode_linear8(const float* x, Inverse inv) {
   return word;
 }
 
+// Stochastic rounding (maths/rounding.py): a hash for eight columns of a row in a step, and from it a number
+// of [1, 2) for each of them.
+DEVICE u32 drawn_hash(u32 step, u32 row, u32 columns) {
+  u32 x = step * 0x9E3779B9u + row * 0x85EBCA6Bu + columns * 0xC2B2AE35u;
+  x = (x ^ (x >> 16)) * 0x7FEB352Du;
+  x = (x ^ (x >> 15)) * 0x846CA68Bu;
+  return x ^ (x >> 16);
+}
+
+// Eight linear codes: floor(16 y + draw) - 2, not below 0, for y = x inv in [0, 1 + 2^-23]; NaN gives 0.
+template <class Inverse>
+DEVICE u32 encode_drawn8(const float* x, Inverse inv, u32 hash) {
+  u32 word = 0u - (0x4b000000u + (0x4b000000u << 4));
+#pragma unroll
+  for (i32 k = 0; k < 8; ++k) {
+    float draw = __uint_as_float(masked_or(hash, 0x7fff00u, 0x3f800000u));
+    float t = fma_down(fma_near(mul(x[k], inv(k)), 16.0f, draw), 1.0f, 8388608.0f - 2.0f);
+    word += __float_as_uint(max_number(t, 8388608.0f)) << (4 * k);
+    hash *= 0x915F77F5u;
+  }
+  return word;
+}
+
 // (code k of a word + 1) / 16, exactly, without an integer conversion.
 template <i32 K>
 DEVICE float linear_value(u32 word) {

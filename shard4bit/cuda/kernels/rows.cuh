@@ -175,8 +175,13 @@ DEVICE void block_max2(float a, float b, i32 lane_id, Finish finish, Scale& firs
   second = upper ? own : other;
 }
 
-// Eight consecutive floats of shared memory.
+// Four or eight consecutive floats of shared memory.
+DEVICE void read4(const float* from, float* x) {
+  float4 a = *(const float4*)from;
+  x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w;
+}
+
 DEVICE void read8(const float* from, float* x) {
-  float4 a = ((const float4*)from)[0], b = ((const float4*)from)[1];
-  x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+  read4(from, x);
+  read4(from + 4, x + 4);
 }

@@ -10,6 +10,7 @@ struct Recipe {
   u64 count;          // float32: steps so far
   i32 wide;           // whether that tensor is float64, not float32
   i32 maximize;
+  i32 stochastic, pad;  // whether the second moment is rounded so
 };
 
 DEVICE double learning_rate(const Recipe& r) {
@@ -51,6 +52,7 @@ extern "C" __global__ void adamw_scalars(const Recipe* recipes, Hyper* hypers, i
   h.first = 0;
   h.tame = beta2 >= 0.25 && root <= 16384.0 && eps <= 16384.0;
   h.ahead = to_float(__dmul_rn(r.ahead, correction));
+  h.draw = r.stochastic ? step : 0u;
   hypers[i] = h;
 }
 
@@ -70,6 +72,7 @@ extern "C" __global__ void sgd_scalars(const Recipe* recipes, Hyper* hypers, i32
   h.first = first;
   h.tame = 0;
   h.ahead = to_float(r.ahead);
+  h.draw = 0u;
   hypers[i] = h;
 }
 

@@ -23,10 +23,12 @@ struct Slab {
   u64 new_m_absmax, new_v_absmax;  // statistics of blocks that ranks share, laid out as the stored ones
   u64 new_row, new_col, new_sum;   // of the new second moment: maxima, unsettled, or float64 sums
   u64 part_row, part_col;          // factored: partial sums, see measure
+  u64 numbers;                     // u32: numbers of the stored rows in the whole; 0: from row0
   i64 numel, head, tail;           // elements held; of the first and last stored row not ours
   i64 all_rows;                    // rows of the whole
   i32 rows, col0, col1, cols;      // stored rows, stored columns, columns of the whole
-  i32 kind, pad;
+  i32 kind;
+  u32 row0;  // number of the first stored row in the whole, modulo 2^32
 };
 
 struct Live {  // changes every step
@@ -43,6 +45,7 @@ struct Hyper {  // scalars of a rule, rounded once from float64 (maths/update.py
   i32 maximize, first;
   i32 tame;     // beta2, root and eps are of usual size, see update8
   float ahead;  // of a compensated step, else 0: see lead8
+  u32 draw;     // number of a step that rounds stochastically, else 0: see encode_drawn8
 };
 
 // The columns [low, high) of one stored row that are ours.

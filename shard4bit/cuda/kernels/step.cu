@@ -110,6 +110,14 @@ struct Row {
   }
 };
 
+// The second moment's codes of a lane's columns in a stored row, by the rounding asked for.
+template <class Inverse>
+DEVICE u32 encode8(const float* x, Inverse inv, const Hyper& h, const Slab& s, i32 row, i32 col) {
+  if (h.draw == 0) return encode_linear8(x, inv);
+  u32 number = s.numbers != 0 ? ((const u32*)s.numbers)[row] : s.row0 + (u32)row;
+  return encode_drawn8(x, inv, drawn_hash(h.draw, number, (u32)col / LANE_COLS));
+}
+
 #define LATE_PARAM (RULE == ADAMW)  // a staged parameter is read where it is needed, which saves registers
 
 template <bool FAST>
@@ -206,13 +214,17 @@ DEVICE void apply_rows(const Slab& s, const Live& live, const Hyper& h, const Ta
 #if SECOND == BLOCKED
     Scale v;
     block_max2(largest, v_largest, lane_id, finish, m, v);
-    u32 v_word = encode_linear8(second, [&](i32) { return v.inv; });
+    u32 v_word = encode8(second, [&](i32) { return v.inv; }, h, s, row, w.col);
 #else
     m = finish(block_max(largest), false);
 #endif
 #if SECOND == RANK1
-    read8(c.inv + w.local, by_column);
-    u32 v_word = encode_linear8(second, [&](i32 k) { return max_or_nan(row_inv, by_column[k]); });
+    float four[4];  // of the columns' reciprocals: all eight at once need registers too many
+    auto inverse_at = [&](i32 k) {
+      if (k % 4 == 0) read4(c.inv + w.local + k, four);
+      return max_or_nan(row_inv, four[k % 4]);
+    };
+    u32 v_word = encode8(second, inverse_at, h, s, row, w.col);
 #endif
     u32 m_word = encode_signed8(t, first, m.stat, m.inv);
     bool writes = FAST ? w.on : lane.some(), leads = FAST ? w.leads : block.writes;
