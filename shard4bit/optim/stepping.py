@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from shard4bit.optim import capture
 from shard4bit.optim.bound import Bound
 from shard4bit.optim.capture import Counts
 
-_GRAD, _DTYPE = attrgetter("grad"), attrgetter("dtype")
+_GRAD, _DTYPE, _REQUIRES_GRAD = attrgetter("grad"), attrgetter("dtype"), attrgetter("requires_grad")
 
 
 def capturing(device: torch.device) -> bool:
@@ -61,38 +61,44 @@ class Kind:
 
 
 class StepPlan:
-    """The steps of one list of parameters.
+    """The steps of the parameters of a list of groups.
 
-    members: (parameter, group) in order; counts: the step counts; rule_of: the rule that a group's options
-    ask for now; others: the optimizer's other plans.
+    bound: where they are, by parameter, of those that are bound; counts: the step counts; rule_of: the rule
+    that a group's options ask for now; others: the optimizer's other plans.
     """
 
     def __init__(
         self,
-        members: Sequence[tuple[Bound, Mapping[str, Any]]],
+        groups: Sequence[Mapping[str, Any]],
+        bound: Mapping[Tensor, Sequence[Bound]],
         counts: Counts,
         rule_of: Callable[[Mapping[str, Any]], Rule],
         others: Sequence[StepPlan] = (),
     ) -> None:
-        self.members, self.bounds = members, [bound for bound, _ in members]
+        self.groups, self.params = list(groups), [list(g["params"]) for g in groups]
+        self.unbound = [p for params in self.params for p in params if p not in bound]  # frozen ones
+        self.members = members = [
+            (b, b.placed.overriding(g)) for g in groups for p in g["params"] for b in bound.get(p, ())
+        ]
+        self.bounds = [b for b, _ in members]
         self.counts, self.steps, self.rule_of = counts, counts.vector, rule_of
         self.device = self.bounds[0].work.param.device if members else torch.device("cpu")
         self.capturing = self.on_device = False  # of the step; the latter: see ``Counts.on_device``
         kinds: dict[tuple[int, int], Kind] = {}
-        for bound, group in members:
-            key = (id(group), id(bound.rule))
-            kinds.setdefault(key, Kind(group, bound.rule)).members.append((bound.work, bound.row))
+        for b, group in members:
+            key = (id(group), id(b.rule))
+            kinds.setdefault(key, Kind(group, b.rule)).members.append((b.work, b.row))
         self.kinds = list(kinds.values())
-        self.works = [bound.work for bound in self.bounds]
+        self.works = [b.work for b in self.bounds]
         self.linked = [work for work in self.works if work.links]  # a reduction may change their activity
-        self.gradients = [bound.placed.grad for bound in self.bounds]
-        holders = [bound.placed.holder for bound in self.bounds]
+        self.gradients = [b.placed.grad for b in self.bounds]
+        holders = [b.placed.holder for b in self.bounds]
         self.holders = None if any(holder is None for holder in holders) else holders
-        self.addresses = [bound.address for bound in self.bounds]
+        self.addresses = [b.address for b in self.bounds]
         # of each parameter, at the last look: its address, its gradient's dtype, its elements
         self.anchors: list[int | None] = []
         self.signature: list[torch.dtype | None] = []
-        self.numels = [bound.placed.slab.numel for bound in self.bounds]
+        self.numels = [b.placed.slab.numel for b in self.bounds]
         # plans of the same parameters: when one steps, what the others know of the works is out of date
         own = set(map(id, self.bounds))
         self.rivals = [plan for plan in others if not own.isdisjoint(map(id, plan.bounds))]
@@ -102,6 +108,19 @@ class StepPlan:
         self.taking: list[Bound] = []
         self.batches: list[tuple[Rule, Works]] = []
         self.reduction = Reduction([])
+
+    def serves(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether these are its groups and their parameters, and none that it lacks requires a gradient by
+        now. (Whether one that it has does so still is no matter: it steps if it has a gradient.)"""
+        return (
+            len(groups) == len(self.groups)
+            and all(map(is_, groups, self.groups))
+            and all(
+                len(group["params"]) == len(params) and all(map(is_, group["params"], params))
+                for group, params in zip(groups, self.params, strict=True)
+            )
+            and not any(map(_REQUIRES_GRAD, self.unbound))
+        )
 
     def run(self) -> None:
         self.capturing = capturing(self.device)
