@@ -314,7 +314,7 @@ def test_many_captures_of_the_same_step() -> None:
     graphs = [pair.capture() for _ in range(2 * SPARES)]
     for graph in graphs[::3]:
         pair.step(graph.replay)
-    assert [len(s.captured) for s in pair.runtime.staging.values()] == [1, 1]  # of two dtypes
+    assert [len(s.captured) for s in pair.runtime.stagings.of.values()] == [1, 1]  # of two dtypes
 
 
 @pytest.mark.parametrize("kind", LAUNCHES)
