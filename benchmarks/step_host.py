@@ -24,15 +24,17 @@ import torch
 from benchmarks.shapes import llama
 from shard4bit import AdamW4bit
 from shard4bit.cuda.backend import KernelBackend
+from shard4bit.cuda.staging import Stagings
 from shard4bit.optim import stepping
 
 
 class Silent:
-    """A runtime that notes when it is called. See ``shard4bit.cuda.runtime.Runtime``."""
+    """A runtime that notes when it is called, and copies nothing. See ``shard4bit.cuda.runtime.Runtime``."""
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.times: list[float] = []
+        self.stagings = Stagings(self)
 
     def launch(self, source: str, name: str, blocks: int, threads: int, args: tuple[Any, ...]) -> None:
         self.times.append(time.perf_counter())
@@ -43,11 +45,24 @@ class Silent:
     def upload(
         self, host: np.ndarray, into: torch.Tensor | None = None, *, capturable: bool = False
     ) -> torch.Tensor:
-        flat = torch.from_numpy(host.view(np.uint8).reshape(-1))
+        flat = host.view(np.uint8).reshape(-1)
         if into is None:
-            return flat.clone()
-        into[: flat.numel()] = flat
+            return torch.from_numpy(flat.copy())
+        self.stagings.copy(flat, into, capturable=capturable, capturing=False)
         return into
+
+    def pinned(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8)
+
+    def event(self) -> Silent:
+        return self
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None: ...
+
+    def copy(self, into: int, source: int, size: int, copied: Any = None) -> None: ...
 
 
 def measure(tensors: int, second: str, steps: int) -> list[float]:

@@ -46,7 +46,8 @@ class Works(list[Work]):
     may keep its tables for it in ``cache``.
 
     version: counted up by whoever gives a work another ``param``, ``maximize``, ``options`` or other
-    ``scalars`` (another mapping: values in it may change at any time).
+    ``scalars`` (another mapping: values in it may change at any time), or makes one without links active or
+    not (with links, that may change at any time).
     """
 
     def __init__(self, works: Iterable[Work] = ()) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -17,6 +18,7 @@ from shard4bit.cuda.plan import (
     SECOND_FIELDS,
     Batch,
     BatchBuilder,
+    Launch,
     describe_moment,
     describe_slab,
     kind_of_second,
@@ -40,16 +42,17 @@ def _is_tame(scalars: Scalars) -> bool:
     return scalars["beta2"] >= 0.25 and scalars["root"] <= 2.0**14 and scalars["eps"] <= 2.0**14
 
 
-def _pack_scalars(record: Any, work: Work, *, adamw: bool) -> None:
+def _pack_scalars(fields: Mapping[str, np.ndarray], at: int, work: Work, *, adamw: bool) -> None:
     """Fill a Hyper of kernels/slabs.cuh."""
-    scalars, names = work.scalars, _SCALARS["adamw" if adamw else "sgd"]
-    record["scalars"][: len(names)] = [scalars[name] for name in names]
-    record["maximize"], record["first"] = work.maximize, scalars.get("first", 0.0)
-    record["ahead"], record["draw"] = scalars["ahead"], int(scalars["draw"])
+    scalars = work.scalars
+    row = [scalars[name] for name in _SCALARS["adamw" if adamw else "sgd"]]
     if adamw:
-        record["tame"] = _is_tame(scalars)
+        fields["tame"][at] = _is_tame(scalars)
         if work.maximize:
-            record["scalars"][1] *= -1  # 1 - beta1: the only place where a gradient's sign counts
+            row[1] = -row[1]  # 1 - beta1: the only place where a gradient's sign counts
+    fields["scalars"][at, : len(row)] = row
+    fields["maximize"][at], fields["first"][at] = work.maximize, scalars.get("first", 0.0)
+    fields["ahead"][at], fields["draw"][at] = scalars["ahead"], int(scalars["draw"])
 
 
 _OPTIONS = {
@@ -102,35 +105,20 @@ class KernelBackend:
         batches, others = self._planned(rule, works)
         for batch in batches:
             self._upload(batch, works.version)
-            if batch.counts is not None:
-                self._scalars(f"{rule.name}_scalars", batch, batch.hypers)
-            measured = batch.tiles["measure"]
             if batch.zeroed.numel():
                 batch.zeroed.zero_()
-            if measured[1]:
-                self._step_kernel(batch, "measure", measured)
-            if batch.config.second == "FACTORED":
-                self._vectors("gather_sums", batch, "vectors", live=False)
-                numbers, count = batch.tiles["totals"]
-                if count:
-                    args = (numbers.data_ptr(), batch.slabs_at.data_ptr())
-                    self.runtime.launch(vectors_text(), "total", count, 256, args)
+            for launch in batch.measuring:
+                self.runtime.launch(*launch)
         if others:
             self.reference.measure(rule, others)
 
     def apply(self, rule: Rule, works: Works) -> None:
         batches, others = self._planned(rule, works)
         for batch in batches:
-            if list(map(_ACTIVE, batch.works)) != batch.active:  # the reduction changed it
+            if batch.linked and list(map(_ACTIVE, batch.works)) != batch.active:  # the reduction changed it
                 self._upload(batch, works.version)
-            if batch.config.second == "FACTORED":
-                self._vectors("advance_means", batch, "means", hyper=True)
-            if batch.tiles["apply"][1]:
-                self._step_kernel(batch, "apply", batch.tiles["apply"])
-            if batch.config.second == "RANK1":
-                self._vectors("commit", batch, "vectors")
-            if batch.counts is not None:
-                self._scalars("count_steps", batch, batch.live_at.data_ptr())
+            for launch in batch.applying:
+                self.runtime.launch(*launch)
         if others:
             self.reference.apply(rule, others)
 
@@ -154,77 +142,73 @@ class KernelBackend:
 
     # ---- launches -------------------------------------------------------------------------------
 
-    def _step_kernel(self, batch: Batch, name: str, tiles: tuple[Tensor, int]) -> None:
-        at, count = tiles
-        args = (
-            at.data_ptr(),
-            batch.slabs_at.data_ptr(),
-            batch.live_at.data_ptr(),
-            batch.hypers,
-            self.code_tables.data_ptr(),
-        )
-        self.runtime.launch(batch.config.text, name, count, 32 * WARPS, args)
+    def _list_launches(self, batch: Batch) -> None:
+        """What every step launches for a batch; nothing where there are no tiles."""
+        slabs, live = batch.slabs_at.data_ptr(), batch.live_at.data_ptr()
+        step = (live, batch.hypers, self.code_tables.data_ptr())
+        measuring, applying, count = batch.measuring, batch.applying, len(batch.works)
 
-    def _vectors(
-        self, name: str, batch: Batch, which: str, *, live: bool = True, hyper: bool = False
-    ) -> None:
-        at, count = batch.tiles[which]
-        args: tuple[Any, ...] = (at.data_ptr(), batch.slabs_at.data_ptr())
-        if live:
-            args += (batch.live_at.data_ptr(),)
-        if hyper:
-            args += (batch.hypers,)
-        if count:
-            self.runtime.launch(vectors_text(), name, count, 256, args)
+        def add(into: list[Launch], source: str, name: str, tiles: str, threads: int, *args: int) -> None:
+            at, blocks = batch.tiles[tiles]
+            if blocks:
+                into.append((source, name, blocks, threads, (at.data_ptr(), slabs, *args)))
 
-    def _scalars(self, name: str, batch: Batch, table: int) -> None:
-        count = len(batch.works)
-        args = (batch.live_at.data_ptr() + batch.live.nbytes, table, np.int32(count))
-        self.runtime.launch(scalars_text(), name, -(-count // 128), 128, args)
+        def add_scalars(into: list[Launch], name: str, table: int) -> None:
+            args = (live + batch.table.split, table, np.int32(count))
+            into.append((scalars_text(), name, -(-count // 128), 128, args))
+
+        if batch.counts is not None:
+            add_scalars(measuring, f"{batch.config.rule.lower()}_scalars", batch.hypers)
+        add(measuring, batch.config.text, "measure", "measure", 32 * WARPS, *step)
+        if batch.config.second == "FACTORED":
+            add(measuring, vectors_text(), "gather_sums", "vectors", 256)
+            add(measuring, vectors_text(), "total", "totals", 256)
+            add(applying, vectors_text(), "advance_means", "means", 256, live, batch.hypers)
+        add(applying, batch.config.text, "apply", "apply", 32 * WARPS, *step)
+        if batch.config.second == "RANK1":
+            add(applying, vectors_text(), "commit", "vectors", 256, live)
+        if batch.counts is not None:
+            add_scalars(applying, "count_steps", live)
 
     def _upload(self, batch: Batch, version: int) -> None:
         """Addresses, activity and scalars (or what the device computes them from) of this step, in one
         copy."""
-        works, live = batch.works, batch.live
-        if batch.version != version:
-            live["param"] = [w.param.data_ptr() for w in works]
-            batch.leaders = self._leaders(batch) if batch.counts is None else []
-            batch.version = version
+        works, table, known = batch.works, batch.table, batch.version == version
+        if not known:
+            table.live["param"] = [w.param.data_ptr() for w in works]
+            batch.leaders = self._leaders(batch) if batch.counts is None else works
         try:
-            live["grad"] = list(map(Tensor.data_ptr, map(_GRAD, works)))
+            table.grads[:] = list(map(Tensor.data_ptr, map(_GRAD, works)))
         except TypeError:  # some have none
-            live["grad"] = [0 if w.grad is None else w.grad.data_ptr() for w in works]
-        active = list(map(_ACTIVE, works))
-        if active != batch.active:
-            live["active"] = batch.active = active
-        packed = self._hypers(batch) if batch.counts is None else self._recipes(batch)
-        joined = np.concatenate([live.view(np.uint8), packed.view(np.uint8)])
-        self.runtime.upload(joined, batch.live_at, capturable=batch.counts is not None)
+            table.grads[:] = [0 if w.grad is None else w.grad.data_ptr() for w in works]
+        if batch.linked or not known:
+            table.live["active"] = batch.active = list(map(_ACTIVE, works))
+            batch.version = version
+        if batch.counts is None:
+            for at, work in enumerate(batch.leaders):
+                _pack_scalars(table.fields, at, work, adamw=batch.config.rule == "ADAMW")
+        else:
+            self._pack_recipes(batch)
+        used = table.used(len(batch.leaders))
+        self.runtime.upload(used, batch.live_at, capturable=batch.counts is not None)
 
     def _leaders(self, batch: Batch) -> list[Work]:
         """One work for all of the same scalars; the others point to its record."""
         leaders = {(id(w.scalars), w.maximize): w for w in batch.works}
         number = {key: i for i, key in enumerate(leaders)}
-        batch.live["hyper"] = [number[id(w.scalars), w.maximize] for w in batch.works]
+        batch.table.live["hyper"] = [number[id(w.scalars), w.maximize] for w in batch.works]
         return list(leaders.values())
 
-    def _hypers(self, batch: Batch) -> np.ndarray:
-        packed = np.zeros(len(batch.leaders), tables.HYPER)
-        for record, work in zip(packed, batch.leaders, strict=True):
-            _pack_scalars(record, work, adamw=batch.config.rule == "ADAMW")
-        return packed
-
-    def _recipes(self, batch: Batch) -> np.ndarray:
+    def _pack_recipes(self, batch: Batch) -> None:
         """One record a work: which of them have taken the same number of steps, only the device knows."""
-        batch.live["hyper"] = np.arange(len(batch.works))
+        batch.table.live["hyper"] = np.arange(len(batch.works))
         adamw, made = batch.config.rule == "ADAMW", {}
         for work in batch.works:
             key = id(work.options), work.maximize
             if key not in made:
                 made[key] = _recipe(work, adamw=adamw)
-        packed = np.stack([made[id(w.options), w.maximize] for w in batch.works])
-        packed["count"] = batch.counts
-        return packed
+        batch.table.records[:] = np.stack([made[id(w.options), w.maximize] for w in batch.works])
+        batch.table.fields["count"][:] = batch.counts
 
     # ---- plans ----------------------------------------------------------------------------------
 
@@ -260,4 +244,5 @@ class KernelBackend:
             for second, members in by_second.items():
                 config = Config(param, grad_name, rule.name.upper(), second)
                 batches.append(BatchBuilder(self.runtime, config, members).build())
+                self._list_launches(batches[-1])
         return batches, others

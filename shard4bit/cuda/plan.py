@@ -73,6 +73,29 @@ def describe_moment(record: Any, moment: Moment, fields: Mapping[str, str]) -> N
         record[fields[suffix]] = tensor.data_ptr()
 
 
+class Table:
+    """What steps upload, as bytes on the host: a Live of each work, and behind them its Hypers or Recipes.
+
+    live, records: views of both; grads, fields: views of columns, made once because a step writes them.
+    """
+
+    def __init__(self, works: int, record: np.dtype) -> None:
+        self.bytes = np.zeros(works * (tables.LIVE.itemsize + record.itemsize), np.uint8)
+        self.split = works * tables.LIVE.itemsize
+        self.live = self.bytes[: self.split].view(tables.LIVE)
+        self.records = self.bytes[self.split :].view(record)
+        self.grads = self.live["grad"]
+        self.fields = {name: self.records[name] for name in record.names or ()}
+
+    def used(self, records: int) -> np.ndarray:
+        """The bytes that a step with so many records needs."""
+        return self.bytes[: self.split + records * self.records.itemsize]
+
+
+#: a kernel's source and name, thread blocks, threads, arguments
+Launch = tuple[str, str, int, int, tuple[Any, ...]]
+
+
 @dataclass
 class Batch:
     """Works of one kernel configuration, with their tables on the device."""
@@ -80,16 +103,19 @@ class Batch:
     config: Config
     works: list[Work]
     slabs_at: Tensor
-    live_at: Tensor  # Live of each work, then what a step uploads behind: Hypers, or Recipes
-    live: np.ndarray
+    live_at: Tensor  # the table
+    table: Table
     hypers: int  # address of the Hypers
     counts: np.ndarray | None  # address of each work's step count, where the device has it
-    active: list[bool]  # of each work, as last uploaded
-    version: int  # of the works, when ``live`` was last filled
-    leaders: list[Work]  # one for each record of the Hypers
+    linked: bool  # whether a reduction may change the activity of a work
     tiles: dict[str, tuple[Tensor, int]]
     zeroed: Tensor  # workspace that measure starts from zero
     keep: list[Tensor]  # memory that the tables point to
+    active: list[bool]  # of each work, as last uploaded
+    version: int  # of the works, when the table was last filled
+    leaders: list[Work]  # one for each record that is uploaded
+    measuring: list[Launch]  # the same in every step, as the memory stays
+    applying: list[Launch]
 
 
 class BatchBuilder:
@@ -142,26 +168,28 @@ class BatchBuilder:
             joined = tables.joined(found)
             tiles[kind] = (self.runtime.upload(joined), len(joined))
         tiles["totals"] = (self.runtime.upload(np.array(totals, dtype=np.int32)), len(totals))
-        live = np.zeros(len(self.works), tables.LIVE)
-        hypers, recipes = (len(self.works) * t.itemsize for t in (tables.HYPER, tables.RECIPE))
         counts = [work.count for work in self.works if work.count is not None]
         assert len(counts) in (0, len(self.works))
-        live_at = self._bytes(live.nbytes + (recipes if counts else hypers))
-        computed = self._bytes(hypers if counts else 0)
+        table = Table(len(self.works), tables.RECIPE if counts else tables.HYPER)
+        live_at = self._bytes(table.bytes.nbytes)
+        computed = self._bytes(len(self.works) * tables.HYPER.itemsize if counts else 0)
         return Batch(
             config=self.config,
             works=self.works,
             slabs_at=self.runtime.upload(self.slabs),
             live_at=live_at,
-            live=live,
-            hypers=computed.data_ptr() if counts else live_at.data_ptr() + live.nbytes,
+            table=table,
+            hypers=computed.data_ptr() if counts else live_at.data_ptr() + table.split,
             counts=np.array([c.data_ptr() for c in counts], np.uint64) if counts else None,
-            active=[],
-            version=-1,
-            leaders=[],
+            linked=any(work.links for work in self.works),
             tiles=tiles,
             zeroed=pools["zeroed"],
             keep=[*pools.values(), *numbers, computed, *counts],
+            active=[],
+            version=-1,
+            leaders=[],
+            measuring=[],
+            applying=[],
         )
 
     def _bytes(self, size: int) -> Tensor:

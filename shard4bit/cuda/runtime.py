@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Protocol
 
 import cupy
 import numpy as np
 import torch
 
-from shard4bit.cuda.staging import Staging
+from shard4bit.cuda.staging import Stagings
 
 
 class Runtime(Protocol):
@@ -57,7 +56,7 @@ class CupyRuntime:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.index = device.index if device.index is not None else torch.cuda.current_device()
-        self.staging: dict[int, Staging] = {}
+        self.stagings = Stagings(self)
 
     def launch(self, source: str, name: str, blocks: int, threads: int, args: tuple[Any, ...]) -> None:
         function = _function(source, name, self.index)
@@ -74,13 +73,22 @@ class CupyRuntime:
         flat = host.view(np.uint8).reshape(-1)
         if into is None:
             return torch.from_numpy(flat.copy()).to(self.device)
-        staging = self.staging.get(id(into))
-        if staging is None:
-            pinned = partial(torch.empty, into.numel(), dtype=torch.uint8, pin_memory=True)
-            staging = self.staging[id(into)] = Staging(pinned, torch.cuda.Event)
-            weakref.finalize(into, self.staging.pop, id(into), None)  # another tensor may get its id
-        staging.copy(flat, into, capturable=capturable, capturing=capturable and self.capturing())
+        capturing = capturable and self.capturing()
+        self.stagings.copy(flat, into, capturable=capturable, capturing=capturing)
         return into
+
+    def pinned(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def event(self) -> torch.cuda.Event:
+        return torch.cuda.Event()
+
+    def copy(self, into: int, source: int, size: int, copied: torch.cuda.Event | None = None) -> None:
+        stream = torch.cuda.current_stream(self.index)
+        runtime = cupy.cuda.runtime
+        runtime.memcpyAsync(into, source, size, runtime.memcpyHostToDevice, stream.cuda_stream)
+        if copied is not None:
+            copied.record(stream)
 
     def capturing(self) -> bool:
         if torch.cuda.current_device() == self.index:

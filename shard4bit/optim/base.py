@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Set
-from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -25,8 +24,6 @@ from shard4bit.optim.summary import summary
 from shard4bit.placement import Placed, is_dtensor, place, refuse_stale, to_local
 from shard4bit.spec import Full, MomentSpec, is_quantized, parse_spec
 from shard4bit.state import Moment, parts, state_key
-
-_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 class QuantizedOptimizer(torch.optim.Optimizer):
@@ -50,7 +47,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         keep_compiler_out(QuantizedOptimizer)
         self._bound: dict[Tensor, list[Bound]] = {}
         self._counts = Counts(captured=vars(self).get("_counts", Counts()).captured)
-        self._plans: dict[Any, StepPlan] = {}
+        self._plans: list[StepPlan] = []
 
     # ---- what a subclass says -------------------------------------------------------------------
 
@@ -210,22 +207,17 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     def _plan(self) -> StepPlan:
         """The plan of the parameters now in the groups (ZeRO steps one group at a time)."""
-        key = tuple(
-            (id(g), *map(id, g["params"]), *map(_REQUIRES_GRAD, g["params"])) for g in self.param_groups
+        for plan in self._plans:
+            if plan.serves(self.param_groups):
+                return plan
+        refuse_first(self.param_groups)
+        self.bind()
+        if len(self._plans) >= 16:  # of groups put together in ever new ways
+            self._plans.clear()
+        self._plans.append(
+            StepPlan(self.param_groups, self._bound, self._counts, self._rule, list(self._plans))
         )
-        if key not in self._plans:
-            refuse_first(self.param_groups)
-            self.bind()
-            if len(self._plans) >= 16:  # of parameters frozen and thawed in ever new ways
-                self._plans.clear()
-            members = [
-                (b, b.placed.overriding(g))
-                for g in self.param_groups
-                for p in g["params"]
-                for b in self._bound.get(p, ())
-            ]
-            self._plans[key] = StepPlan(members, self._counts, self._rule, list(self._plans.values()))
-        return self._plans[key]
+        return self._plans[-1]
 
     # ---- reading and state_dict -----------------------------------------------------------------
 

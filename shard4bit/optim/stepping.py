@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from shard4bit.comm import Reduction
 from shard4bit.dispatch import backend_for
 from shard4bit.maths.update import Rule
 from shard4bit.optim import capture
+from shard4bit.optim.alike import Likeness
 from shard4bit.optim.bound import Bound
 from shard4bit.optim.capture import Counts
 
-_GRAD, _DTYPE = attrgetter("grad"), attrgetter("dtype")
+_GRAD, _REQUIRES_GRAD = attrgetter("grad"), attrgetter("requires_grad")
 
 
 def capturing(device: torch.device) -> bool:
@@ -61,47 +62,62 @@ class Kind:
 
 
 class StepPlan:
-    """The steps of one list of parameters.
+    """The steps of the parameters of a list of groups.
 
-    members: (parameter, group) in order; counts: the step counts; rule_of: the rule that a group's options
-    ask for now; others: the optimizer's other plans.
+    bound: where they are, by parameter, of those that are bound; counts: the step counts; rule_of: the rule
+    that a group's options ask for now; others: the optimizer's other plans.
     """
 
     def __init__(
         self,
-        members: Sequence[tuple[Bound, Mapping[str, Any]]],
+        groups: Sequence[Mapping[str, Any]],
+        bound: Mapping[Tensor, Sequence[Bound]],
         counts: Counts,
         rule_of: Callable[[Mapping[str, Any]], Rule],
         others: Sequence[StepPlan] = (),
     ) -> None:
-        self.members, self.bounds = members, [bound for bound, _ in members]
+        self.groups, self.params = list(groups), [list(g["params"]) for g in groups]
+        self.unbound = [p for params in self.params for p in params if p not in bound]  # frozen ones
+        self.members = members = [
+            (b, b.placed.overriding(g)) for g in groups for p in g["params"] for b in bound.get(p, ())
+        ]
+        self.bounds = [b for b, _ in members]
         self.counts, self.steps, self.rule_of = counts, counts.vector, rule_of
         self.device = self.bounds[0].work.param.device if members else torch.device("cpu")
         self.capturing = self.on_device = False  # of the step; the latter: see ``Counts.on_device``
         kinds: dict[tuple[int, int], Kind] = {}
-        for bound, group in members:
-            key = (id(group), id(bound.rule))
-            kinds.setdefault(key, Kind(group, bound.rule)).members.append((bound.work, bound.row))
+        for b, group in members:
+            key = (id(group), id(b.rule))
+            kinds.setdefault(key, Kind(group, b.rule)).members.append((b.work, b.row))
         self.kinds = list(kinds.values())
-        self.works = [bound.work for bound in self.bounds]
+        self.works = [b.work for b in self.bounds]
         self.linked = [work for work in self.works if work.links]  # a reduction may change their activity
-        self.gradients = [bound.placed.grad for bound in self.bounds]
-        holders = [bound.placed.holder for bound in self.bounds]
+        self.gradients = [b.placed.grad for b in self.bounds]
+        holders = [b.placed.holder for b in self.bounds]
         self.holders = None if any(holder is None for holder in holders) else holders
-        self.addresses = [bound.address for bound in self.bounds]
-        # of each parameter, at the last look: its address, its gradient's dtype, its elements
-        self.anchors: list[int | None] = []
-        self.signature: list[torch.dtype | None] = []
-        self.numels = [bound.placed.slab.numel for bound in self.bounds]
+        self.seen = Likeness(self.bounds)
         # plans of the same parameters: when one steps, what the others know of the works is out of date
-        own = set(map(id, self.bounds))
-        self.rivals = [plan for plan in others if not own.isdisjoint(map(id, plan.bounds))]
+        mine = set(map(id, self.bounds))
+        self.rivals = [plan for plan in others if not mine.isdisjoint(map(id, plan.bounds))]
         for rival in self.rivals:
             rival.rivals.append(self)
         self.outdated = True
         self.taking: list[Bound] = []
         self.batches: list[tuple[Rule, Works]] = []
         self.reduction = Reduction([])
+
+    def serves(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether these are its groups and their parameters, and none that it lacks requires a gradient by
+        now. (Whether one that it has does so still is no matter: it steps if it has a gradient.)"""
+        return (
+            len(groups) == len(self.groups)
+            and all(map(is_, groups, self.groups))
+            and all(
+                len(group["params"]) == len(params) and all(map(is_, group["params"], params))
+                for group, params in zip(groups, self.params, strict=True)
+            )
+            and not any(map(_REQUIRES_GRAD, self.unbound))
+        )
 
     def run(self) -> None:
         self.capturing = capturing(self.device)
@@ -135,7 +151,7 @@ class StepPlan:
         for rival in self.rivals:
             rival.outdated = True
         grads, failure = self._read()
-        if known and self._alike(grads):
+        if known and self.seen.lasts(grads):
             for work, grad in zip(self.works, grads, strict=True):
                 work.grad = grad
             for work in self.linked:
@@ -166,26 +182,6 @@ class StepPlan:
                 grads.append(None)
         return grads, failure
 
-    def _alike(self, grads: list[Tensor | None]) -> bool:
-        """Whether parameters lie where they were, and have gradients of the same kind as at the last look:
-        then ``_look``, which takes several times longer, would find nothing. (That a gradient is on its
-        parameter's device and of its shape, torch and the engines see to.)"""
-        try:
-            if [address() for address in self.addresses] != self.anchors:
-                return False
-            if None not in self.signature:
-                return (
-                    list(map(_DTYPE, grads)) == self.signature
-                    and all(map(Tensor.is_contiguous, grads))  # type: ignore[arg-type]
-                    and list(map(Tensor.numel, grads)) == self.numels  # type: ignore[arg-type]
-                )
-            return [None if g is None else g.dtype for g in grads] == self.signature and all(
-                g is None or (g.is_contiguous() and g.numel() == n)
-                for g, n in zip(grads, self.numels, strict=True)
-            )
-        except (AttributeError, RuntimeError):  # of a missing gradient; of a sparse one, say
-            return False
-
     def _look(self, grads: list[Tensor | None], failure: BaseException | None) -> BaseException | None:
         """Check every parameter and gradient, and sort them anew if need be. Returns the first error."""
         for bound, grad in zip(self.bounds, grads, strict=True):
@@ -197,11 +193,9 @@ class StepPlan:
             except Exception as error:  # the other ranks must hear of it before it is raised
                 failure, grad = failure or error, None
             bound.work.active = grad is not None
-        self.anchors = [bound.anchor for bound in self.bounds]
         self._changed()
-        signature = [None if b.work.grad is None else b.work.grad.dtype for b in self.bounds]
-        if signature != self.signature:
-            self._sort(signature)
+        if self.seen.take(self.bounds):
+            self._sort()
         return failure
 
     def _scale(self, *, known: bool) -> None:
@@ -250,10 +244,9 @@ class StepPlan:
                 "(momentum was 0): build a new optimizer"
             )
 
-    def _sort(self, signature: list[torch.dtype | None]) -> None:
+    def _sort(self) -> None:
         """Batches of one rule and device of the parameters that take part: those with a gradient, and
         those of which another rank may have one."""
-        self.signature = signature
         self.taking = [b for b in self.bounds if b.work.grad is not None or b.links]
         by_kind: dict[tuple[str, int, torch.device], tuple[Rule, Works]] = {}
         for bound in self.taking:

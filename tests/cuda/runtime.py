@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shard4bit.cuda.backend import KernelBackend
-from shard4bit.cuda.staging import Staging
+from shard4bit.cuda.staging import Stagings
 from shard4bit.optim import stepping
 from tests.cuda.emulator import ASCENDING, Module
 from tests.test_invariance import bits
@@ -56,7 +56,9 @@ class Graph(TorchDispatchMode):
 class NoEvent:
     """Copies are done when they return."""
 
-    def record(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
     def synchronize(self) -> None: ...
 
 
@@ -70,7 +72,7 @@ class EmulatorRuntime:
         self.launches: list[tuple[str, int]] = []
         self.uploads: list[tuple[int, bool]] = []
         self.graph: Graph | None = None
-        self.staging: dict[int, Staging] = {}
+        self.stagings = Stagings(self)
 
     def capturing(self) -> bool:
         return self.graph is not None
@@ -92,12 +94,21 @@ class EmulatorRuntime:
         if into is None:
             assert self.graph is None, "memory is allocated and filled while capturing"
             return torch.from_numpy(flat.copy())
-        if id(into) not in self.staging:
-            room = partial(torch.full, into.shape, 255, dtype=torch.uint8)
-            self.staging[id(into)] = Staging(room, NoEvent)
-            weakref.finalize(into, self.staging.pop, id(into), None)
-        self.staging[id(into)].copy(flat, into, capturable=capturable, capturing=self.capturing())
+        self.stagings.copy(flat, into, capturable=capturable, capturing=self.capturing())
         return into
+
+    def pinned(self, size: int) -> torch.Tensor:
+        assert self.graph is None, "memory is allocated while capturing"
+        return torch.full((size,), 255, dtype=torch.uint8)
+
+    def event(self) -> NoEvent:
+        return NoEvent()
+
+    def copy(self, into: int, source: int, size: int, copied: NoEvent | None = None) -> None:
+        if self.graph is not None:
+            self.graph.work.append(partial(ctypes.memmove, into, source, size))
+        else:
+            ctypes.memmove(into, source, size)
 
 
 def emulated(order: int = ASCENDING, sanitize: bool = False) -> KernelBackend:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shard4bit import AdamW4bit
-from shard4bit.optim import stepping
+from shard4bit.optim import alike, stepping
 from shard4bit.optim.stepping import StepPlan
 from shard4bit.reference import ReferenceBackend
 from tests.cuda.emulator import available
@@ -63,9 +63,14 @@ def test_one_look_for_many_steps() -> None:
     assert [looks(params, optimizer, step) for step in range(4)] == [1, 0, 0, 0]
 
 
+@pytest.mark.parametrize("guarded", [True, False])
 @pytest.mark.parametrize("change", [move, drop, transpose, narrow, dilate])
-def test_a_change_is_seen(change: Callable[[nn.Parameter], None]) -> None:
+def test_a_change_is_seen(
+    change: Callable[[nn.Parameter], None], guarded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is changed in the fourth step; the other optimizer has no plan to compare it with."""
+    if not guarded:  # as with a torch that has no such comparison
+        monkeypatch.setattr(alike, "_GUARDS", None)
     (params, optimizer), (others, fresh) = pair(), pair()
     for step in range(6):
         for tensors, one in ((params, optimizer), (others, fresh)):
@@ -119,3 +124,42 @@ def test_plans_in_turn_are_as_new_ones(kernels: bool) -> None:
                 plans_in_turn(step, params, optimizer)
         ends.append(snapshot(params, optimizer))
     assert_same(*ends)
+
+
+def thaw(step: int, params: list[nn.Parameter], optimizer: AdamW4bit) -> None:
+    params[2].requires_grad_(step >= 2)
+
+
+def freeze(step: int, params: list[nn.Parameter], optimizer: AdamW4bit) -> None:
+    params[1].requires_grad_(step < 2)
+
+
+def take_turns(step: int, params: list[nn.Parameter], optimizer: AdamW4bit) -> None:
+    """As an engine that steps a group, or a part of one, at a time."""
+    optimizer.param_groups[0]["params"] = [params[step % 2], params[2]][: 1 + step % 3]
+
+
+def add(step: int, params: list[nn.Parameter], optimizer: AdamW4bit) -> None:
+    if step == 2:
+        optimizer.add_param_group({"params": [nn.Parameter(normal((70, 80), 9).clone())]})
+    if step == 4:
+        optimizer.param_groups = optimizer.param_groups[1:]
+
+
+@pytest.mark.parametrize("change, plans", [(thaw, 1), (freeze, 1), (take_turns, 3), (add, 2)])
+def test_other_parameters_are_seen(change: Callable[..., None], plans: int) -> None:
+    """Before each step; the other optimizer has no plan to find again."""
+    ends = []
+    for forgetful in (False, True):
+        params, optimizer = pair()
+        for step in range(6):
+            change(step, params, optimizer)
+            held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+            fill_grads(held, step)
+            if forgetful:
+                optimizer._plans.clear()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append((snapshot(params, optimizer), len(optimizer._plans)))
+    assert_same(ends[0][0], ends[1][0])
+    assert ends[0][1] == plans
