@@ -24,7 +24,10 @@ OURS: dict[str, dict[str, Any]] = {
 }
 CASES = [
     *[(name, "bf16", "llama") for name in ("torch_fused", *OURS)],
-    *[(name, "fp32", "llama") for name in ("torch_fused", "block", "rank1", "rank1_compensated", "rank1_stochastic")],
+    *[
+        (name, "fp32", "llama")
+        for name in ("torch_fused", "block", "rank1", "rank1_compensated", "rank1_stochastic")
+    ],
     *[(name, "fp32", "small") for name in ("torch_fused", "rank1")],
 ]
 PEERS = [

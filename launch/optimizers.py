@@ -31,15 +31,21 @@ class Choice:
     engines: tuple[str, ...] = ()
 
 
-def choose(name: str, lr: float, second_moment: str | None, *, compensate: bool = False) -> Choice:
-    """The optimizer called ``name``. compensate: of shard4bit's own only. Raises ValueError where its package
-    is not installed."""
-    own = {"compensate": compensate}
+def choose(
+    name: str,
+    lr: float,
+    second_moment: str | None,
+    *,
+    compensate: bool = False,
+    rounding: str | None = None,
+) -> Choice:
+    """The optimizer called ``name``. compensate: of shard4bit's own only; second_moment and rounding:
+    of adamw4bit only. Raises ValueError where its package is not installed."""
+    own: dict[str, Any] = {"compensate": compensate}
     adam: dict[str, Any] = {"lr": lr, "betas": BETAS, "eps": 1e-8, "weight_decay": WEIGHT_DECAY}
     if name == "adamw4bit":
-        return Choice(
-            shard4bit.AdamW4bit, {**adam, **own, "second_moment": second_moment or "rank1"}, "AdamW4bit"
-        )
+        own |= {"second_moment": second_moment or "rank1", "rounding": rounding or "nearest"}
+        return Choice(shard4bit.AdamW4bit, {**adam, **own}, "AdamW4bit")
     if name == "adamw8bit":
         return Choice(shard4bit.AdamW4bit, {**adam, **own, **shard4bit.spec.ADAMW_8BIT}, "AdamW4bit")
     if name == "sgd4bit":

@@ -75,6 +75,7 @@ def _add_training(parser: Parser) -> None:
     add("--precision", choices=PRECISIONS, default="fp32", help="of the computations; weights stay in fp32")
     add("--optimizer", choices=OPTIMIZERS, default="adamw4bit", help="adamw is torch's")
     add("--second-moment", help="how adamw4bit stores its second moments (none: rank1)")
+    add("--rounding", choices=("nearest", "stochastic"), help="of adamw4bit's second moments (none: nearest)")
     add("--compensate", action="store_true", help="make good in a step what rounding would do in later ones")
     add("--steps", type=at_least(1), default=400, help="steps in all, resumed ones included")
     add("--batch", type=at_least(1), default=8, help="sequences per step over all ranks")
@@ -129,13 +130,14 @@ def _conflicts(options: argparse.Namespace) -> list[tuple[bool, str]]:
     """(whether it applies, what is wrong)"""
     late = options.save_at is not None and options.save_at > options.steps
     both = options.save_at is not None and bool(options.save_every)
-    moment = options.second_moment is not None and options.optimizer != "adamw4bit"
+    given = {"--second-moment": options.second_moment, "--rounding": options.rounding}
+    own = [name for name, value in given.items() if value is not None and options.optimizer != "adamw4bit"]
     theirs = options.compensate and options.optimizer not in OURS
     return [
         (options.lr is not None and not options.lr > 0, f"--lr {options.lr}: expected a positive number"),
         (late, f"--save-at {options.save_at} lies after the last of --steps {options.steps}"),
         (both, "--save-at saves once, --save-every often: give one of them"),
-        (moment, f"--second-moment is of adamw4bit, not of {options.optimizer}"),
+        *((True, f"{name} is of adamw4bit, not of {options.optimizer}") for name in own),
         (theirs, f"--compensate is of {', '.join(OURS)}, not of {options.optimizer}"),
         (options.check_only and options.resume is None, "--check-only needs --resume"),
         (options.fresh and options.resume is not None, "--fresh starts anew, --resume goes on: give one"),

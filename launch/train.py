@@ -51,7 +51,11 @@ class Run:
         self.context: int = settings.config.context
         self.corpus: Corpus = load_corpus(settings.data, self.context)
         choice = optimizers.choose(
-            settings.optimizer, settings.lr, settings.second_moment, compensate=settings.compensate
+            settings.optimizer,
+            settings.lr,
+            settings.second_moment,
+            compensate=settings.compensate,
+            rounding=settings.rounding,
         )
         recipe = Recipe(settings.config, settings.seed, settings.precision, choice)
         self.engine = engines.build(settings.engine, recipe, ranks)

@@ -27,6 +27,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "8bit": ADAMW_8BIT,
     "fp32 by shard4bit": {"quantize": False},
     **{f"{v} compensated": {"second_moment": v, "compensate": True} for v in ("rank1", "block", "factored")},
+    **{
+        f"{v} stochastic": {"second_moment": v, "compensate": True, "rounding": "stochastic"}
+        for v in ("rank1", "block")
+    },
 }
 
 ABLATION = (

@@ -73,6 +73,10 @@ def test_demo_saves_resumes_and_compares(tmp_path: Path) -> None:
         (["--steps", "5", "--save-at", "6"], "--save-at 6 lies after the last"),
         (["--check-only"], "--check-only needs --resume"),
         (
+            ["--rounding", "stochastic", "--optimizer", "sgd4bit"],
+            "--rounding is of adamw4bit, not of sgd4bit",
+        ),
+        (
             ["--compensate", "--optimizer", "adamw"],
             "--compensate is of adamw4bit, sgd4bit, adamw8bit, not of adamw",
         ),
