@@ -105,18 +105,14 @@ def run_case(name: str, dtype: str, shapes_of: str, steps: int) -> dict[str, Any
     state = torch.cuda.memory_allocated() - base
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    walls, events = [], []
+    walls = []
     for _ in range(steps):
         fresh_gradients()
-        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        a.record()
         optimizer.step()
-        b.record()
         torch.cuda.synchronize()
         walls.append((time.perf_counter() - begin) * 1e3)
-        events.append(a.elapsed_time(b))
     peak = torch.cuda.max_memory_allocated() - before
     return {
         "optimizer": name,
@@ -124,7 +120,6 @@ def run_case(name: str, dtype: str, shapes_of: str, steps: int) -> dict[str, Any
         "shapes": shapes_of,
         "kernel_ms": round(kernel_ms(optimizer.step, 4), 3),
         "wall_ms": round(statistics.median(walls), 3),
-        "event_ms": round(statistics.median(events), 3),
         "first_s": round(first, 2),
         "start_s": round(started, 2),
         "bytes_per_param": round(state / count, 4),

@@ -14,6 +14,8 @@ from benchmarks.accuracy.experiments import EXPERIMENTS, Experiment, Metric
 from benchmarks.accuracy.stats import compare
 from benchmarks.accuracy.store import Row
 
+SMOOTH = 5  # points of a curve
+
 Runs = dict[str, dict[int, Row]]  # arm -> seed -> row
 
 
@@ -83,21 +85,40 @@ def points(curve: str) -> tuple[list[int], list[float]]:
     return [int(a) for a, _ in pairs], [float(b) for _, b in pairs]
 
 
+def gaps(arm: dict[int, Row], base: dict[int, Row]) -> tuple[list[int], list[float]]:
+    """Steps, and the training loss of an arm minus the baseline's at the same batches: means over the seeds
+    of both and over SMOOTH points of the curves."""
+    pairs = [(points(arm[s]["curve"]), points(base[s]["curve"])) for s in sorted(set(arm) & set(base))]
+    length = min((min(len(a[0]), len(b[0])) for a, b in pairs), default=0)
+    each = [statistics.fmean(a[1][i] - b[1][i] for a, b in pairs) for i in range(length)]
+    spans = range(SMOOTH, length + 1)
+    return [pairs[0][0][0][i - 1] for i in spans], [statistics.fmean(each[i - SMOOTH : i]) for i in spans]
+
+
 def plot(experiment: Experiment, rows: Sequence[Row], path: Path) -> None:
-    """Training losses of all runs, a colour for each arm."""
+    """Training losses of all runs, a colour for each arm; and what the arms differ by from the baseline."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "shard4bit"  # the same file from the same data
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for number, (arm, runs) in enumerate(runs_of(rows).items()):
+    figure, (axes, other) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    every = runs_of(rows)
+    for number, (arm, runs) in enumerate(every.items()):
+        style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
         for i, row in enumerate(runs.values()):
-            label = arm if i == 0 else None
-            axes.plot(*points(row["curve"]), color=f"C{number % 10}", linewidth=0.8, label=label)
+            axes.plot(*points(row["curve"]), linewidth=0.8, label=arm if i == 0 else None, **style)
+        if arm != BASELINE:
+            other.plot(*gaps(runs, every.get(BASELINE, {})), linewidth=1.2, **style)
+    other.axhline(0, color="grey", linewidth=0.8)
     axes.set(xlabel="step", ylabel="training loss (nats)", title=experiment.title)
-    axes.legend(fontsize="small")
+    other.set(xlabel="step", ylabel=f"minus {BASELINE}'s, mean over seeds (nats)")
+    last = [gap[-1] for a in every if a != BASELINE and (gap := gaps(every[a], every.get(BASELINE, {}))[1])]
+    if last:  # what is left at the end counts; the beginning may leave the frame
+        reach = 3 * max(map(abs, last))
+        other.set_ylim(-reach, reach)
+    axes.legend(fontsize="x-small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
