@@ -76,10 +76,20 @@ def _ahead(group: Mapping[str, Any], decay: float) -> float:
     return decay / (1.0 - decay) if group.get("compensate") else 0.0
 
 
+ROUNDINGS = ("nearest", "stochastic")
+
+
+def _is_stochastic(group: Mapping[str, Any]) -> bool:
+    value = group.get("rounding", "nearest")
+    if value not in ROUNDINGS:  # of a group that was changed after it was checked
+        raise ValueError(f"rounding={value!r}: expected one of {ROUNDINGS}")
+    return bool(value == "stochastic")
+
+
 def _adamw_options(group: Mapping[str, Any]) -> Options:
     beta1, beta2 = (float(b) for b in group["betas"])
     rest = {key: float(group[key]) for key in ("eps", "weight_decay")}
-    rest |= {"ahead": _ahead(group, beta1), "stochastic": float(group.get("rounding") == "stochastic")}
+    rest |= {"ahead": _ahead(group, beta1), "stochastic": float(_is_stochastic(group))}
     return {"lr": group["lr"], "beta1": beta1, "beta2": beta2, **rest}
 
 

@@ -29,6 +29,8 @@ BAD: dict[Any, dict[str, list[Any]]] = {
         "first_moment": [*NO_SPECS, "rank1", "block", "factored", QuantSpec(signed=False), Factored()],
         "quantize": NO_BOOLEANS,
         "maximize": NO_BOOLEANS,
+        "compensate": NO_BOOLEANS,
+        "rounding": ["up", "", "Nearest", None, True, 1],
     },
     SGD4bit: {
         "lr": [-1e-3, NAN, INF, torch.tensor(-1.0), *NO_NUMBERS],
@@ -39,6 +41,7 @@ BAD: dict[Any, dict[str, list[Any]]] = {
         "momentum_buffer": [*NO_SPECS, "rank1", QuantSpec(signed=False)],
         "quantize": NO_BOOLEANS,
         "maximize": NO_BOOLEANS,
+        "compensate": NO_BOOLEANS,
     },
 }
 CASES = [

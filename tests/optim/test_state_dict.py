@@ -23,6 +23,7 @@ Make = Callable[..., Optimizer]
 KINDS: dict[str, Make] = {
     "rank1": AdamW4bit,
     "block": partial(AdamW4bit, second_moment="block"),
+    "stochastic": partial(AdamW4bit, compensate=True, rounding="stochastic"),
     "factored": partial(AdamW4bit, second_moment="factored", first_moment="Tensor/DE"),
     "8 bits": partial(AdamW4bit, **ADAMW_8BIT),
     "not quantized": partial(AdamW4bit, quantize=False),
