@@ -21,7 +21,7 @@ from shard4bit.state import parts
 Moments = tuple[str, str] | None
 
 TILE, FLAT, VECTOR, BLOCK = 256, 16384, 4096, 128  # rows and columns, elements, elements, columns of a tile
-RECORD, LIVE, ENTRY = 160, 24 + 48, 16  # bytes: of a slab, of its addresses and scalars, of a tile
+RECORD, LIVE, ENTRY = 168, 24 + 52, 16  # bytes: of a slab, of its addresses and scalars, of a tile
 CODES = 256  # bytes: the 4-bit map
 #: device tensors in the order in which they are made: vectors to reduce, workspace, tables
 TENSORS = (
