@@ -27,7 +27,7 @@ ADAMW_SPECS = [
     ("Tensor/DE", "Tensor/Linear"),
     ("fp32", "rank1"),
 ]
-QUICK = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def edges(n: int, cuts: list[float]) -> list[int]:

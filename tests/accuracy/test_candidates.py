@@ -61,7 +61,7 @@ def test_tables_rise_to_one_in_sixteen_entries(name: str) -> None:
 
 @pytest.mark.parametrize("scale", ["block", "rank1", "both"])
 @pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("rounding", ["stochastic", "sequence"])
+@pytest.mark.parametrize("rounding", ["stochastic", pytest.param("sequence", marks=pytest.mark.slow)])
 def test_stochastic_rounding_is_right_on_average(table: str, scale: str, rounding: str) -> None:
     """And each value goes to one of its neighbours. (Below its smallest entry a table cannot be right.)"""
     torch.manual_seed(1)
@@ -137,5 +137,5 @@ def test_anatomy_of_a_toy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     out = tmp_path / "anatomy.csv"
     assert anatomy.main(["--toy", "--every", "20", "--arms", "v exact", "--out", str(out)]) == 0
     lines = out.read_text().splitlines()
-    assert lines[0] == ",".join(anatomy.COLUMNS) and len(lines) > 5
+    assert lines[0] == ",".join(anatomy.COLUMNS) and len(lines) == 5  # of four kinds of layers
     assert "| v exact | head | exp_avg |" in capsys.readouterr().out

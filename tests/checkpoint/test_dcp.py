@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, Replicate
 
 import shard4bit
+from tests.covering import covering
 from tests.fsdp import models
 from tests.fsdp.models import SHAPES, Arrays, Zoo, canonical, optimizer_of, same
 from tests.fsdp.test_invariance_fsdp2 import close
@@ -95,11 +96,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("before, layout, after, new_layout, asynchronous", CASES)
-@pytest.mark.parametrize("kind", ["rank1", "block", "factored", "sgd"])
-def test_resharding(
-    kind: str, before: int, layout: str, after: int, new_layout: str, asynchronous: bool, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("kind, case", covering(["rank1", "block", "factored", "sgd"], CASES), ids=str)
+def test_resharding(kind: str, case: Any, tmp_path: Path) -> None:
+    before, layout, after, new_layout, asynchronous = case
     path = str(tmp_path / "dcp")
     saved = pool(before).run(save, kind, layout, path, asynchronous)
     expected, digest = saved[0]

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import shard4bit
 from shard4bit.cli.main import main
 from tests.cli.helpers import Small, saved, trained
+from tests.covering import covering
 
 
 def convert(*argv: object) -> None:
@@ -49,8 +50,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", ["safetensors", "dcp", "canonical"])
+@pytest.mark.parametrize("form, kind", covering(["safetensors", "dcp", "canonical"], KINDS))
 def test_there_and_back_changes_no_bit(form: str, kind: str, tmp_path: Path) -> None:
     path, options = saved(tmp_path / "run", **KINDS[kind]), KINDS[kind]
     middle = tmp_path / {"safetensors": "all.safetensors", "dcp": "dcp", "canonical": "other"}[form]

@@ -14,6 +14,7 @@ import torch
 import shard4bit
 from shard4bit.cuda.backend import KernelBackend
 from shard4bit.maths.mapping import midpoints
+from tests.covering import covering
 from tests.cuda.emulator import ORDERS, SHUFFLED, available
 from tests.cuda.runtime import EmulatorRuntime, Twins, emulated
 from tests.test_invariance import gradient
@@ -74,8 +75,7 @@ def agree(twins: Twins, shapes: Sequence[tuple[int, ...]], steps: int = 3, **how
 # ---- dtypes, shapes, memory ----
 
 
-@pytest.mark.parametrize("kind", ["rank1", "block", "sgd"])
-@pytest.mark.parametrize("mix", MIXES, ids=lambda m: "-".join(str(d)[6:] for d in m))
+@pytest.mark.parametrize("mix, kind", covering(MIXES, ["rank1", "block", "sgd"]), ids=str)
 def test_dtypes(mix: tuple[torch.dtype, torch.dtype], kind: str) -> None:
     shapes = FAST + SLOW
     twins = Twins(starts(shapes, mix[0]), KINDS[kind], emulated(), grad_dtype=mix[1])

@@ -19,6 +19,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 import shard4bit
 from shard4bit.fsdp.wrap import chosen
 from tests import oracle
+from tests.covering import covering
 from tests.fsdp import flat, models
 from tests.fsdp.flat import Nest, Part, flattened, wrapped
 from tests.fsdp.models import SHAPES
@@ -306,10 +307,20 @@ def _losses(how: str, orig: bool) -> list[float]:
     return out
 
 
-@pytest.mark.parametrize("orig", [True, False])
-@pytest.mark.parametrize(
-    "how", ["plain", "bf16", "accumulate", "clip", "scaler", "checkpointing", "missing", "compile", "offload"]
-)
+TRAININGS = [
+    "plain",
+    "bf16",
+    "accumulate",
+    "clip",
+    "scaler",
+    "checkpointing",
+    "missing",
+    "compile",
+    "offload",
+]
+
+
+@pytest.mark.parametrize("how, orig", covering(TRAININGS, [True, False]))
 def test_training(how: str, orig: bool) -> None:
     if how == "compile" and not orig:
         pytest.skip("torch.compile needs use_orig_params=True under FSDP1")

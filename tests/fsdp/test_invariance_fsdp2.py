@@ -15,6 +15,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from shard4bit.errors import LayoutError
 from tests import oracle
+from tests.covering import covering
 from tests.fsdp import models
 from tests.fsdp.models import ADAMW, SGD, SHAPES, Arrays, Zoo, canonical, optimizer_of, same
 from tests.pool import pool
@@ -67,8 +68,7 @@ def test_one_process_equals_the_oracle(kind: str) -> None:
                 assert same_bits(found[f"state/{name}/{key}"], np.asarray(value)), (name, key)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("kind", ["rank1", "block", "factored", "sgd", "nesterov"])
+@pytest.mark.parametrize("kind, world", covering(["rank1", "block", "factored", "sgd", "nesterov"], WORLDS))
 def test_fsdp2_equals_one_process(kind: str, world: int) -> None:
     for rank, found in enumerate(pool(world).run(models.forced_run, kind, "fsdp", STEPS)):
         (close if kind == "factored" else same)(found, single(kind), (kind, world, rank))

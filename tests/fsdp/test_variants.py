@@ -340,7 +340,16 @@ def check(name: str, variant: Variant, path: Path) -> None:
     assert set(elsewhere) == digests
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+#: nearly covered by others
+LONG = (
+    *("root only", "kept after forward", "compiled wrappers", "activation checkpointing", "accumulation"),
+    *("ShardedGradScaler, fp16", "ddp, no gradients in a step", "bf16 parameters"),
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in VARIANTS]
+)
 def test_every_way_to_shard_and_train(name: str, tmp_path: Path) -> None:
     check(name, VARIANTS[name], tmp_path)
 

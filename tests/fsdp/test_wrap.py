@@ -177,8 +177,9 @@ def _initialize(model: Any) -> None:
             tensor.copy_(models.scatter(whole, tensor))
 
 
-LEARNT = [("plain", "rank1"), ("plain", "block"), ("plain", "factored")] + [
-    (how, "rank1") for how in ("mixed", "mixed reduce", "bf16", "meta")
+LEARNT: list[Any] = [("plain", "rank1"), ("mixed", "rank1"), ("meta", "rank1")] + [
+    pytest.param(how, kind, marks=pytest.mark.slow)
+    for how, kind in (("plain", "block"), ("plain", "factored"), ("mixed reduce", "rank1"), ("bf16", "rank1"))
 ]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from shard4bit import AdamW4bit, LayoutError, SGD4bit
 from tests import oracle
+from tests.covering import covering
 from tests.optim.helpers import (
     assert_same,
     copied,
@@ -86,8 +87,12 @@ def test_single_elements(shape: tuple[int, ...]) -> None:
     assert first.moment(ours, "exp_avg").shape == shape
 
 
-@pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0), (3, 0, 4), (0, 9000)], ids=str)
-@pytest.mark.parametrize("second", ["rank1", "block", "factored", "Tensor/DE"])
+EMPTY = [(0,), (0, 5), (5, 0), (3, 0, 4), (0, 9000)]
+
+
+@pytest.mark.parametrize(
+    "shape, second", covering(EMPTY, ["rank1", "block", "factored", "Tensor/DE"]), ids=str
+)
 def test_empty_parameters_step_among_others(shape: tuple[int, ...], second: str) -> None:
     """They count steps as torch's do, and the others do not notice them."""
     empty, beside, alone = (nn.Parameter(normal(s, 2).clone()) for s in (shape, (80, 70), (80, 70)))
