@@ -20,6 +20,7 @@ from shard4bit.maths.mapping import codec
 from shard4bit.spec import QuantSpec
 from tests.cli.helpers import Layer, bytes_of, give_gradients, module_of, optimizer_of
 from tests.cli.test_memory import QUANTIZED, config
+from tests.covering import covering
 from tests.cuda.runtime import served_by
 from tests.deepspeed import engines
 from tests.fsdp.models import mesh_of
@@ -65,8 +66,7 @@ def test_one_process(name: str, dtype: str) -> None:
     assert usage(whole, Setup("single", param=dtype), QUANTIZED[name]).kernels == found
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("name, shape", covering(QUANTIZED, SHAPES), ids=str)
 def test_one_parameter(name: str, shape: tuple[int, ...]) -> None:
     whole = Model("", (Param("p", shape),))
     module = module_of(whole)

@@ -18,6 +18,7 @@ from shard4bit.cuda.backend import KernelBackend
 from shard4bit.maths.update import ADAMW, SGD
 from shard4bit.state import state_key
 from tests import simulate, test_invariance
+from tests.covering import covering
 from tests.cuda.emulator import SHUFFLED, available, guarded
 from tests.cuda.runtime import EmulatorRuntime, Twins, emulated
 from tests.cuda.test_kernels import specs_of
@@ -73,8 +74,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     yield at
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind, dtype", covering(MAKERS, [torch.float32, torch.bfloat16]), ids=str)
 def test_memory_of_a_step(kind: str, dtype: torch.dtype, place: str) -> None:
     twins = Twins(
         starts(SHAPES, dtype),

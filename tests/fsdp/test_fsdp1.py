@@ -77,17 +77,10 @@ STRATEGIES = ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"]
 CASES = [(2, s) for s in STRATEGIES] + [(3, "FULL_SHARD"), (4, "FULL_SHARD"), (4, "HYBRID_SHARD")]
 
 
-#: rank-1 everywhere, and the others in one case; all in `make test-all`
-KINDS = [
-    pytest.param(kind, *case, marks=[] if kind == "rank1" or case[0] == 3 else [pytest.mark.slow])
-    for kind in ("rank1", "block", "sgd")
-    for case in CASES
-]
-
-
 @pytest.mark.parametrize("orig", [True, False])
-@pytest.mark.parametrize("kind, world, strategy", KINDS)
-def test_states_are_those_of_one_process(kind: str, orig: bool, world: int, strategy: str) -> None:
+@pytest.mark.parametrize("kind, case", covering(["rank1", "block", "sgd"], CASES), ids=str)
+def test_states_are_those_of_one_process(kind: str, orig: bool, case: tuple[int, str]) -> None:
+    world, strategy = case
     assert set(pool(world).run(digest_of, kind, orig, strategy, {})) == {single(kind)}
 
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 from shard4bit import AdamW4bit, SGD4bit
 from shard4bit.spec import ADAMW_8BIT
+from tests.covering import covering
 from tests.optim.helpers import assert_same, copied, fill_grads, model_of, normal, options, run, snapshot
 
 Make = Callable[..., Optimizer]
@@ -58,8 +59,7 @@ def go_on(pairs: list[tuple[nn.Module, Optimizer]], steps: range = range(10, 13)
 # ---- torch.save, torch.load -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, dtype", covering(KINDS, [torch.float32, torch.bfloat16]), ids=str)
 def test_round_trip(kind: str, dtype: torch.dtype) -> None:
     """Into a fresh optimizer and into a used one; torch's own load would cast scales to bfloat16."""
     model = model_of(0, dtype)
@@ -206,8 +206,7 @@ def pickled(pair: Any) -> Any:
 
 
 @pytest.mark.parametrize("steps", [0, 3])
-@pytest.mark.parametrize("how", [copy.deepcopy, pickled])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, how", covering(KINDS, [copy.deepcopy, pickled]))
 def test_copies_with_their_model(kind: str, how: Callable[[Any], Any], steps: int) -> None:
     """deepcopy and pickle of (model, optimizer): same future, separate memory."""
     model = model_of()
@@ -226,8 +225,7 @@ def test_copies_with_their_model(kind: str, how: Callable[[Any], Any], steps: in
 # ---- torch.distributed.checkpoint -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flattened"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, flatten", covering(KINDS, [False, True]))
 def test_dcp_optimizer_state_dict(kind: str, flatten: bool) -> None:
     """By parameter names, in one process; into a fresh optimizer and into a used one."""
     chosen = dcp.StateDictOptions(flatten_optimizer_state_dict=flatten)
