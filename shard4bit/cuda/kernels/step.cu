@@ -7,7 +7,11 @@
 
 // Thread blocks of apply at a time: 64 registers a thread, or 80 where that would spill (fp32 parameters or
 // gradients under rank-1).
+#if SECOND == BLOCKED && __CUDA_ARCH__ >= 1000  // there 64 registers spill with 32-bit and 16-bit types mixed
+#define BLOCKS_PER_SM (PARAM::vectors + GRAD::vectors == 3 ? 3 : 4)
+#else
 #define BLOCKS_PER_SM (SECOND == RANK1 && PARAM::vectors + GRAD::vectors > 2 ? 3 : 4)
+#endif
 #if SECOND == RANK1 && __CUDA_ARCH__ >= 1000  // likewise, of measure: there 64 registers spill
 #define MEASURE_BLOCKS_PER_SM 3
 #else
