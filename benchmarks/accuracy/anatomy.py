@@ -28,7 +28,7 @@ from benchmarks.accuracy.candidates import TABLES, CandidateAdamW, Quantizer, sc
 from benchmarks.accuracy.experiments import EXPERIMENTS
 from benchmarks.accuracy.train import train
 from shard4bit.layout import matrix_view
-from shard4bit.maths.update import ADAMW
+from shard4bit.maths.update import ADAMW, Scalars
 from shard4bit.spec import is_quantized
 
 FIGURES = ("error", "direction", "stale", "smallest", "largest")
@@ -40,10 +40,9 @@ def relative(error: Tensor, exact: Tensor) -> float:
     return float(error.norm() / exact.norm().clamp(min=EPS))
 
 
-def kept_by(quantizer: Quantizer, values: Tensor, count: int) -> Tensor:
-    """As stored and read again."""
-    view = matrix_view(tuple(values.shape))
-    return quantizer(values.view(view.rows, view.cols), torch.tensor(count)).view(values.shape)
+def direction_of(moments: Sequence[Tensor], scalars: Scalars) -> Tensor:
+    """Of a step, but for its size."""
+    return moments[0] / (moments[1].sqrt() * scalars["root"] + scalars["eps"])
 
 
 def figures(quantizer: Quantizer, old: Tensor, exact: Tensor, kept: Tensor) -> dict[str, float]:
@@ -65,14 +64,13 @@ def look_at(optimizer: CandidateAdamW, param: Tensor, group: dict[str, Any]) -> 
     scalars, grad = ADAMW.scalars(group, optimizer.count + 1), param.grad.float()  # type: ignore[union-attr]
     olds = [optimizer.state[param][name] for name in ADAMW.moments]
     exact = [ADAMW.advance(i, old.clone(), grad, grad, scalars) for i, old in enumerate(olds)]
-    direction = exact[0] / (exact[1].sqrt() * scalars["root"] + scalars["eps"])
-    out = {}
+    direction = direction_of(exact, scalars)
+    out, key = {}, torch.tensor(optimizer.count, device=param.device)
     for i, (name, quantizer) in enumerate(zip(ADAMW.moments, optimizer.quantizers, strict=True)):
         if quantizer.table == "exact":
             continue
-        kept = kept_by(quantizer, exact[i], optimizer.count)
-        read = [kept if j == i else x for j, x in enumerate(exact)]
-        other = read[0] / (read[1].sqrt() * scalars["root"] + scalars["eps"])
+        kept = optimizer.read_back(i, exact[i], key)
+        other = direction_of([kept if j == i else x for j, x in enumerate(exact)], scalars)
         out[name] = figures(quantizer, olds[i], exact[i], kept)
         out[name]["direction"] = relative(other - direction, direction)
     return out
@@ -105,10 +103,9 @@ def study(arm: str, seed: int, every: int, *, toy: bool) -> list[dict[str, Any]]
     device = torch.device("cuda" if torch.cuda.is_available() and not toy else "cpu")
     task = EXPERIMENTS["gap"].task(device, toy=toy)
     task.begin(seed)
-    recipe, model = task.recipe, task.model
+    model = task.model
     assert model is not None
-    common = {"lr": recipe.lr, "betas": recipe.betas, "eps": recipe.eps, "weight_decay": recipe.weight_decay}
-    optimizer = make_optimizer(arm, model, **common)
+    optimizer = make_optimizer(arm, model, **task.recipe.options())
     if not isinstance(optimizer, CandidateAdamW):
         raise ValueError(f"arm {arm!r} is none of candidates.py")
     rows: list[dict[str, Any]] = []

@@ -261,14 +261,14 @@ class CandidateAdamW(torch.optim.Optimizer):
         moved, kept = list(news), news
         if quantized:
             keys = [count ^ _signed(((self.seed * 2 + i) << 44) ^ (number << 28)) for i in range(2)]
-            kept = [self._kept(i, new, key) for i, (new, key) in enumerate(zip(news, keys, strict=True))]
+            kept = [self.read_back(i, new, key) for i, (new, key) in enumerate(zip(news, keys, strict=True))]
             if self.compensate:
                 moved[0] = lead(news[0], kept[0], h["ahead"])
         param.copy_(ADAMW.apply(value, grad, moved, h))
         for name, values in zip(ADAMW.moments, kept, strict=True):
             state[name].copy_(values)
 
-    def _kept(self, index: int, new: Tensor, key: Tensor) -> Tensor:
+    def read_back(self, index: int, new: Tensor, key: Tensor) -> Tensor:
         """A moment as stored and read again; the moment itself where it is exact."""
         quantizer = self.quantizers[index]
         if quantizer.table == "exact":

@@ -104,17 +104,18 @@ def plot(experiment: Experiment, rows: Sequence[Row], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (axes, other) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    every = runs_of(rows)
+    every, last = runs_of(rows), list[float]()
     for number, (arm, runs) in enumerate(every.items()):
         style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
         for i, row in enumerate(runs.values()):
             axes.plot(*points(row["curve"]), linewidth=0.8, label=arm if i == 0 else None, **style)
         if arm != BASELINE:
-            other.plot(*gaps(runs, every.get(BASELINE, {})), linewidth=1.2, **style)
+            steps, gap = gaps(runs, every.get(BASELINE, {}))
+            other.plot(steps, gap, linewidth=1.2, **style)
+            last += gap[-1:]
     other.axhline(0, color="grey", linewidth=0.8)
     axes.set(xlabel="step", ylabel="training loss (nats)", title=experiment.title)
     other.set(xlabel="step", ylabel=f"minus {BASELINE}'s, mean over seeds (nats)")
-    last = [gap[-1] for a in every if a != BASELINE and (gap := gaps(every[a], every.get(BASELINE, {}))[1])]
     if last:  # what is left at the end counts; the beginning may leave the frame
         reach = 3 * max(map(abs, last))
         other.set_ylim(-reach, reach)

@@ -42,6 +42,11 @@ class Recipe:
     floor: float = 0.1
     diverged: float = 1.5
 
+    def options(self) -> dict[str, Any]:
+        """What every arm's optimizer is given."""
+        names = ("lr", "betas", "eps", "weight_decay")
+        return {name: getattr(self, name) for name in names}
+
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0: linear warm-up, then cosine."""
         if step < self.warmup:
@@ -250,8 +255,7 @@ def run_cell(task: Task, arm: str, seed: int, deadline: float = math.inf) -> dic
     order = hashlib.sha256()
     for step in range(recipe.steps):
         order.update(np.ascontiguousarray(task.order(seed, step)).tobytes())
-    common = {"lr": recipe.lr, "betas": recipe.betas, "eps": recipe.eps, "weight_decay": recipe.weight_decay}
-    optimizer = make_optimizer(arm, task.model, **common)
+    optimizer = make_optimizer(arm, task.model, **recipe.options())
     started = time.perf_counter()
     progress, diverged = train(task, optimizer, seed, deadline)
     seconds = time.perf_counter() - started

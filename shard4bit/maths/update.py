@@ -79,9 +79,10 @@ def _ahead(group: Mapping[str, Any], decay: float) -> float:
 ROUNDINGS = ("nearest", "stochastic")
 
 
-def _is_stochastic(group: Mapping[str, Any]) -> bool:
+def is_stochastic(group: Mapping[str, Any]) -> bool:
+    """Whether a group's second moments are rounded so. Raises ValueError for an unknown rounding."""
     value = group.get("rounding", "nearest")
-    if value not in ROUNDINGS:  # of a group that was changed after it was checked
+    if value not in ROUNDINGS:
         raise ValueError(f"rounding={value!r}: expected one of {ROUNDINGS}")
     return bool(value == "stochastic")
 
@@ -89,7 +90,7 @@ def _is_stochastic(group: Mapping[str, Any]) -> bool:
 def _adamw_options(group: Mapping[str, Any]) -> Options:
     beta1, beta2 = (float(b) for b in group["betas"])
     rest = {key: float(group[key]) for key in ("eps", "weight_decay")}
-    rest |= {"ahead": _ahead(group, beta1), "stochastic": float(_is_stochastic(group))}
+    rest |= {"ahead": _ahead(group, beta1), "stochastic": float(is_stochastic(group))}
     return {"lr": group["lr"], "beta1": beta1, "beta2": beta2, **rest}
 
 

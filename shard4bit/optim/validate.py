@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shard4bit.errors import LayoutError
-from shard4bit.maths.update import ROUNDINGS
+from shard4bit.maths.update import is_stochastic
 from shard4bit.placement import is_dtensor
 from shard4bit.spec import Full, QuantSpec, parse_spec
 
@@ -52,12 +52,10 @@ def boolean(group: Mapping[str, Any], name: str) -> None:
 
 def rounding(group: Mapping[str, Any]) -> None:
     """Check the option, and that there is something it can round."""
-    value = group["rounding"]
-    if value not in ROUNDINGS:
-        raise ValueError(f"rounding={value!r}: expected one of {ROUNDINGS}")
+    stochastic = is_stochastic(group)
     spec = parse_spec(group["second_moment"], signed=False, argument="second_moment")
     linear = isinstance(spec, QuantSpec) and spec.mapping == "linear"
-    if value == "stochastic" and group["quantize"] and not linear and not isinstance(spec, Full):
+    if stochastic and group["quantize"] and not linear and not isinstance(spec, Full):
         raise ValueError(
             f'rounding="stochastic" with second_moment={spec}: expected codes of a linear map, as of "rank1" '
             'and "block"; use rounding="nearest" with this one'
