@@ -72,8 +72,19 @@ def lead(new: Tensor, kept: Tensor, ahead: float) -> Tensor:
     return new - (kept - new) * ahead
 
 
-def _ahead(group: Mapping[str, Any], decay: float) -> float:
-    return decay / (1.0 - decay) if group.get("compensate") else 0.0
+def ahead_of(group: Mapping[str, Any], decay: float) -> float:
+    """``lead``'s factor for a group whose first moment decays so; 0 if it is not to be compensated.
+
+    Raises ValueError for a decay of 1.
+    """
+    if not group.get("compensate"):
+        return 0.0
+    if decay == 1:
+        raise ValueError(
+            "compensate=True with a momentum of 1.0: an error of the buffer would never end, so that no step "
+            "can make it good; expected momentum < 1"
+        )
+    return decay / (1.0 - decay)
 
 
 ROUNDINGS = ("nearest", "stochastic")
@@ -90,7 +101,7 @@ def is_stochastic(group: Mapping[str, Any]) -> bool:
 def _adamw_options(group: Mapping[str, Any]) -> Options:
     beta1, beta2 = (float(b) for b in group["betas"])
     rest = {key: float(group[key]) for key in ("eps", "weight_decay")}
-    rest |= {"ahead": _ahead(group, beta1), "stochastic": float(is_stochastic(group))}
+    rest |= {"ahead": ahead_of(group, beta1), "stochastic": float(is_stochastic(group))}
     return {"lr": group["lr"], "beta1": beta1, "beta2": beta2, **rest}
 
 
@@ -130,7 +141,7 @@ ADAMW = Rule("adamw", ("exp_avg", "exp_avg_sq"), _adamw_options, _adamw_scalars,
 def _sgd_options(group: Mapping[str, Any]) -> Options:
     names = ("momentum", "dampening", "weight_decay", "nesterov")
     options = {key: float(group[key]) for key in names}
-    return {"lr": group["lr"], **options, "ahead": _ahead(group, options["momentum"]), "stochastic": 0.0}
+    return {"lr": group["lr"], **options, "ahead": ahead_of(group, options["momentum"]), "stochastic": 0.0}
 
 
 def _sgd_scalars(group: Mapping[str, Any], step: int) -> Scalars:

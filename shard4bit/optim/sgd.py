@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shard4bit.maths.update import PLAIN_SGD, SGD, Rule
+from shard4bit.maths.update import PLAIN_SGD, SGD, Rule, ahead_of
 from shard4bit.optim import validate
 from shard4bit.optim.base import QuantizedOptimizer
 from shard4bit.spec import MomentSpec, parse_spec
@@ -75,11 +75,7 @@ class SGD4bit(QuantizedOptimizer):
                 f"nesterov=True with momentum={group['momentum']} and dampening={group['dampening']}: "
                 "expected a positive momentum and no dampening"
             )
-        if group["compensate"] and group["momentum"] == 1:
-            raise ValueError(
-                "compensate=True with momentum=1.0: an error of the buffer would never end, so that no step "
-                "can make it good; expected momentum < 1"
-            )
+        ahead_of(group, float(group["momentum"]))
         option, signed = self._spec_options["momentum_buffer"]
         group[option] = str(parse_spec(group[option], signed=signed, argument=option))
 

@@ -84,6 +84,19 @@ def test_nesterov_needs_momentum_without_dampening(hyper: dict[str, Any]) -> Non
         SGD4bit([parameter()], nesterov=True, **hyper)
 
 
+def test_compensation_needs_an_error_that_ends() -> None:
+    with pytest.raises(ValueError, match="compensate=True with a momentum of 1.0: .*expected momentum < 1"):
+        SGD4bit([parameter()], momentum=1, compensate=True)
+    param = parameter()
+    optimizer = SGD4bit([param], compensate=True)
+    optimizer.param_groups[0]["momentum"] = 1.0  # as a schedule may
+    param.grad = torch.ones_like(param)
+    before = param.detach().clone()
+    with pytest.raises(ValueError, match="expected momentum < 1"):
+        optimizer.step()
+    assert torch.equal(param, before)
+
+
 def test_good_values_at_the_ends_of_the_ranges() -> None:
     AdamW4bit([parameter()], lr=0, betas=[0.0, 0.0], eps=0, weight_decay=0)  # type: ignore[arg-type]
     AdamW4bit([parameter()], lr=torch.tensor([0.1]), eps=1e-30, second_moment=Factored())
