@@ -172,6 +172,11 @@ EXPERIMENTS: dict[str, Experiment] = {
         seconds=20,
     ),
 }
+EXPERIMENTS["gap-tuned"] = replace(
+    EXPERIMENTS["gap"],
+    title="7. The gap at 32-bit AdamW's best learning rate",
+    recipe=replace(EXPERIMENTS["gap"].recipe, lr=2e-3, warmup=300),
+)
 EXPERIMENTS["candidates"] = replace(
     EXPERIMENTS["gap"], title="7. The gap: candidates to close it", arms=(BASELINE, *CANDIDATES), seeds=6
 )
