@@ -63,7 +63,7 @@ class Quantizer:
 
     def _codes(self, x: Tensor, entries: Tensor, key: Tensor) -> Tensor:
         if self.rounding == "nearest":
-            return _nearest(x, entries)
+            return nearest(x, entries)
         above = torch.searchsorted(entries, x, right=True).clamp_(1, len(entries) - 1)
         low, high = entries[above - 1], entries[above]
         part = ((x - low) / (high - low)).clamp_(0, 1)
@@ -79,7 +79,8 @@ def entries_of(name: str, device: torch.device) -> Tensor:
     return torch.tensor(TABLES[name], dtype=torch.float64).float().to(device)
 
 
-def _nearest(x: Tensor, entries: Tensor) -> Tensor:
+def nearest(x: Tensor, entries: Tensor) -> Tensor:
+    """Numbers of the entries nearest to x; 0 for NaN."""
     mids = ((entries[1:].double() + entries[:-1].double()) / 2).float()
     return torch.bucketize(torch.where(x.isnan(), -torch.inf, x), mids)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.accuracy import anatomy
-from benchmarks.accuracy.anatomy import rows_of
+from benchmarks.accuracy.anatomy import Witness, rows_of
 from benchmarks.accuracy.candidates import (
     ABLATED,
     CANDIDATES,
@@ -22,6 +22,8 @@ from benchmarks.accuracy.candidates import (
     uniform,
 )
 from shard4bit import AdamW4bit
+from shard4bit.maths.packing import unpack_codes
+from shard4bit.maths.update import ADAMW
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 CPU = torch.device("cpu")
@@ -108,29 +110,46 @@ def test_compensated_parameters_arrive_where_exact_ones_do() -> None:
     assert near < 0.02 < 0.1 < far, (near, far)
 
 
+def codes(optimizer: AdamW4bit, param: torch.Tensor, moment: str) -> torch.Tensor:
+    """uint8 (rows, columns) of a matrix, a copy."""
+    packed = optimizer.state[param][f"{moment}_codes"].view(param.shape[0], -1)
+    return unpack_codes(packed, 0, 0, param.shape[1], 4)
+
+
 def test_anatomy_changes_nothing() -> None:
-    """And the share of stale entries is what the next step shows."""
+    """And the share of stale codes is what the next step shows, by the library's codes of both states."""
     params = made()
     model = torch.nn.ParameterList(params)
     optimizer = CandidateAdamW(params, CANDIDATES["paper"], **OPTIONS)
-    for _ in range(3):
-        for p in params:
-            p.grad = torch.randn_like(p)
-        optimizer.step()
-    for p in params:
-        p.grad = torch.randn_like(p)
+    twins, witness = made(), Witness()
+    plain = [torch.zeros_like(p) for p in params[:3]]
+    library = AdamW4bit(twins, compensate=False, rounding="nearest", **OPTIONS)
+    for step in range(4):
+        for p, twin in zip(params, twins, strict=True):
+            p.grad = torch.randn_like(p) * 0.1**step  # moments decay
+            twin.grad = p.grad.clone()
+        if step < 3:
+            for p, own in zip(params[:3], plain, strict=True):
+                own.mul_(0.9).add_(p.grad, alpha=0.1)
+            witness.note(optimizer, model, scales=step == 2)
+            optimizer.step()
+            library.step()
     before = {p: {k: v.clone() for k, v in optimizer.state[p].items()} for p in params}
-    rows = rows_of(optimizer, model)
+    rows = rows_of(optimizer, model, witness)
     for p in params:
         assert all(torch.equal(before[p][k], v) for k, v in optimizer.state[p].items())
     assert [r["moment"] for r in rows] == ["exp_avg", "exp_avg_sq"] and rows[0]["elements"] == 71 * 900
     assert all(0 < r["error"] < 0.5 and 0 < r["direction"] < 1 for r in rows)
-    optimizer.step()
+    kept = torch.cat([library.moment(p, "exp_avg") for p in twins[:3]])
+    own = torch.cat(plain)
+    assert rows[0]["drift"] == pytest.approx(float((kept - own).norm() / own.norm()), rel=0.02)
+    assert rows[0]["growth"] == pytest.approx(float(kept.abs().sum() / own.abs().sum()) - 1, abs=1e-3)
+    before = {m: [codes(library, p, m) for p in twins[:3]] for m in ADAMW.moments}
+    library.step()
     for row in rows:
-        same = sum(
-            int((before[p][row["moment"]] == optimizer.state[p][row["moment"]]).sum()) for p in params[:3]
-        )
-        assert row["stale"] == pytest.approx(same / row["elements"], abs=1e-3)
+        now = [codes(library, p, row["moment"]) for p in twins[:3]]
+        same = sum(int((a == b).sum()) for a, b in zip(before[row["moment"]], now, strict=True))
+        assert 0.05 < row["stale"] == pytest.approx(same / row["elements"], abs=1e-3)
 
 
 def test_anatomy_of_a_toy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
