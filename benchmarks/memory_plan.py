@@ -58,7 +58,9 @@ def measured(model: Model, name: str, dtype: str) -> dict[str, int]:
         optimizer: Any = torch.optim.AdamW(net.parameters())
     else:
         first, second = moments
-        optimizer = shard4bit.AdamW4bit(net.parameters(), first_moment=first, second_moment=second)
+        optimizer = shard4bit.AdamW4bit(
+            net.parameters(), first_moment=first, second_moment=second, compensate="/8" not in first
+        )
     gradients(net)
     both = torch.cuda.memory_allocated() - start
     optimizer.step()

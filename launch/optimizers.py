@@ -36,18 +36,18 @@ def choose(
     lr: float,
     second_moment: str | None,
     *,
-    compensate: bool = False,
+    compensate: bool | None = None,
     rounding: str | None = None,
 ) -> Choice:
     """The optimizer called ``name``. compensate: of shard4bit's own only; second_moment and rounding:
     of adamw4bit only. Raises ValueError where its package is not installed."""
-    own: dict[str, Any] = {"compensate": compensate}
+    own: dict[str, Any] = {} if compensate is None else {"compensate": compensate}
     adam: dict[str, Any] = {"lr": lr, "betas": BETAS, "eps": 1e-8, "weight_decay": WEIGHT_DECAY}
     if name == "adamw4bit":
-        own |= {"second_moment": second_moment or "rank1", "rounding": rounding or "nearest"}
+        own |= {"second_moment": second_moment or "rank1", "rounding": rounding or "auto"}
         return Choice(shard4bit.AdamW4bit, {**adam, **own}, "AdamW4bit")
     if name == "adamw8bit":
-        return Choice(shard4bit.AdamW4bit, {**adam, **own, **shard4bit.spec.ADAMW_8BIT}, "AdamW4bit")
+        return Choice(shard4bit.AdamW4bit, {**adam, **shard4bit.spec.ADAMW_8BIT, **own}, "AdamW4bit")
     if name == "sgd4bit":
         return Choice(shard4bit.SGD4bit, {"lr": lr, "momentum": MOMENTUM, **own}, "SGD4bit")
     if name == "adamw":

@@ -20,6 +20,7 @@ from launch.stopping import restarted
 
 ENGINES = ("auto", "single", "ddp", "fsdp1", "fsdp2", "zero1", "zero2")
 OPTIMIZERS = ("adamw4bit", "sgd4bit", "adamw8bit", "adamw", "bnb-adamw8bit")
+ROUNDINGS = ("auto", "nearest", "stochastic")
 PRECISIONS = ("fp32", "bf16", "fp16")
 OURS = OPTIMIZERS[:3]  # of shard4bit
 SAVE_EVERY = 100
@@ -75,8 +76,12 @@ def _add_training(parser: Parser) -> None:
     add("--precision", choices=PRECISIONS, default="fp32", help="of the computations; weights stay in fp32")
     add("--optimizer", choices=OPTIMIZERS, default="adamw4bit", help="adamw is torch's")
     add("--second-moment", help="how adamw4bit stores its second moments (none: rank1)")
-    add("--rounding", choices=("nearest", "stochastic"), help="of adamw4bit's second moments (none: nearest)")
-    add("--compensate", action="store_true", help="make good in a step what rounding would do in later ones")
+    add("--rounding", choices=ROUNDINGS, help="of adamw4bit's second moments (none: auto)")
+    add(
+        "--compensate",
+        action=argparse.BooleanOptionalAction,
+        help="make good in a step what rounding would do in later ones (none: as the optimizer)",
+    )
     add("--steps", type=at_least(1), default=400, help="steps in all, resumed ones included")
     add("--batch", type=at_least(1), default=8, help="sequences per step over all ranks")
     add("--lr", type=float, help=f"learning rate after the warm-up (none: the preset's; sgd4bit: {SGD_LR})")
@@ -132,7 +137,7 @@ def _conflicts(options: argparse.Namespace) -> list[tuple[bool, str]]:
     both = options.save_at is not None and bool(options.save_every)
     given = {"--second-moment": options.second_moment, "--rounding": options.rounding}
     own = [name for name, value in given.items() if value is not None and options.optimizer != "adamw4bit"]
-    theirs = options.compensate and options.optimizer not in OURS
+    theirs = options.compensate is not None and options.optimizer not in OURS
     return [
         (options.lr is not None and not options.lr > 0, f"--lr {options.lr}: expected a positive number"),
         (late, f"--save-at {options.save_at} lies after the last of --steps {options.steps}"),

@@ -177,12 +177,13 @@ class Slab:
                 yield stored, start, stop - start
             stored += stop - start
 
-    def row_numbers(self, row0: int, row1: int) -> list[int]:
-        """The global numbers of stored rows [row0, row1)."""
-        out: list[int] = []
+    def row_numbers(self, row0: int, row1: int) -> list[range]:
+        """The global numbers of stored rows [row0, row1), in order."""
+        out = []
         for stored, start, count in self.row_pieces():
             low, high = max(row0, stored), min(row1, stored + count)
-            out += range(start + low - stored, start + high - stored)
+            if low < high:
+                out.append(range(start + low - stored, start + high - stored))
         return out
 
     def units(self, size: int) -> Range:

@@ -174,7 +174,8 @@ def _store(moment: Moment, fresh: dict[str, Tensor], new: Tensor, window: Window
         _store_blocks(moment, fresh, new, window)
     byte0 = packed_window(slab.col0, slab.col1, spec.bits)[0]
     if draw and spec.mapping == "linear":
-        numbers = torch.tensor(slab.row_numbers(window.row0, window.row1), device=new.device)
+        pieces = slab.row_numbers(window.row0, window.row1)
+        numbers = torch.cat([torch.arange(r.start, r.stop, device=new.device) for r in pieces])
         codes = encode_drawn(new, draws(numbers, window.col0, window.col1, draw), spec.bits)
     else:
         codes = encode(new, codec(spec, new.device))

@@ -219,6 +219,10 @@ def power(base: float, n: int) -> float:
     return result
 
 
+#: options of AdamW that make it algorithm 1 of the paper, to the letter
+PAPER: dict[str, Any] = {"compensate": False, "rounding": "nearest"}
+
+
 class OracleAdamW:
     """AdamW on one whole matrix. A moment with spec None is kept in float32."""
 
@@ -260,8 +264,8 @@ class OracleAdamW:
         eps: float,
         weight_decay: float,
         maximize: bool = False,
-        compensate: bool = False,
-        rounding: str = "nearest",
+        compensate: bool = True,
+        rounding: str = "auto",
     ) -> Array:
         """One step; returns the new parameter. Scalars are float64 rounded once to float32."""
         self.state["step"] += 1
@@ -279,7 +283,7 @@ class OracleAdamW:
         else:
             v = load_moment(self.state, "exp_avg_sq", self.shape, self.second)
             v = v * keep2 + square * take2
-            dice_of = self.state["step"] if rounding == "stochastic" else 0
+            dice_of = 0 if rounding == "nearest" else self.state["step"]
             store_moment(self.state, "exp_avg_sq", v, self.second, dice_of)
         store_moment(self.state, "exp_avg", m, self.first)
         if compensate:

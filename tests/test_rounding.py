@@ -59,7 +59,7 @@ def test_codes_are_right_on_average(bits: int) -> None:
     y = torch.cat(
         [torch.arange(1, size + 1)[:16] / size, torch.rand(40, generator=torch.Generator().manual_seed(0))]
     )
-    codes = encode_drawn(y.expand(len(torch_rows), -1), draws(torch_rows, 3, 3 + len(y), 9), bits)
+    codes = encode_drawn(y.repeat(len(torch_rows), 1), draws(torch_rows, 3, 3 + len(y), 9), bits)
     values = (codes.double() + 1) / size
     assert torch.equal(values[:, :16], y[:16].double().expand(len(values), -1))
     inside = y >= 1 / size
@@ -72,4 +72,4 @@ def test_codes_at_the_ends() -> None:
     """Below the first entry (which stands for everything smaller), just above 1, and NaN."""
     y = torch.tensor([0.0, 1e-30, 0.06, 1.0, 1.0 + 2.0**-23, float("nan")])
     for drawn, codes in ((1.0, [0, 0, 0, 15, 15, 0]), (2 - 2.0**-15, [0, 0, 0, 15, 15, 0])):
-        assert encode_drawn(y, torch.full_like(y, drawn), 4).tolist() == codes
+        assert encode_drawn(y.clone(), torch.full_like(y, drawn), 4).tolist() == codes

@@ -2,9 +2,10 @@
 
 "fp32" is torch's AdamW, the 32-bit baseline; "fp32 beta1=0.8" the same with another beta1, to tell what
 compensation does from what less momentum does. "8bit", "rank1", "block", "factored" and the second moments
-of shard4bit.spec ("B2048/DE-0") are AdamW4bit with a B128/DE first moment. "+emb32" after a name keeps
-the moments of embeddings in fp32 (the paper's "stable embedding"). The names of candidates.py are arms too;
-those of Table 1's second moments are trained by it.
+of shard4bit.spec ("B2048/DE-0") are the paper's step with a B128/DE first moment; "rank1 stochastic" and
+"block stochastic" are what AdamW4bit does by default. "+emb32" after a name keeps the moments of embeddings
+in fp32 (the paper's "stable embedding"). The names of candidates.py are arms too; those of Table 1's second
+moments are trained by it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ BASELINE = "fp32"
 STABLE = "+emb32"
 BETA1 = "fp32 beta1="
 
+PAPER: dict[str, Any] = {"compensate": False, "rounding": "nearest"}
 #: Arms whose options are more than a second moment. New options of AdamW4bit get their line here.
 OPTIONS: dict[str, dict[str, Any]] = {
     "8bit": ADAMW_8BIT,
@@ -47,7 +49,7 @@ ABLATION = (
     "rank1+emb32",
     "factored",
 )
-MAIN = (BASELINE, "rank1", "factored")
+MAIN = (BASELINE, "rank1", "rank1 stochastic")
 
 
 def groups(model: nn.Module, weight_decay: float, *, stable: bool) -> list[dict[str, Any]]:
@@ -82,4 +84,4 @@ def make_optimizer(arm: str, model: nn.Module, **common: Any) -> torch.optim.Opt
     if candidate is not None:
         return CandidateAdamW(made, candidate, seed=torch.initial_seed(), **common)
     options = OPTIONS.get(base, {"second_moment": base})
-    return shard4bit.AdamW4bit(made, **common, **options)
+    return shard4bit.AdamW4bit(made, **common, **{**PAPER, **options})

@@ -115,7 +115,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "finetune": Experiment(
         title="3. Fine-tuning MiniLM on the VADER sets",
-        arms=(*MAIN, "block"),
+        arms=(*MAIN, "factored", "block"),
         seeds=10,
         metrics=(POINTS, replace(NATS, unit="nats")),
         shape=Shape(layers=6, width=384, heads=12, context=512, vocabulary=30522, dropout=0.1),
@@ -145,7 +145,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "vision": Experiment(
         title="5. A small ViT on the animal shapes",
-        arms=(*MAIN, "block"),
+        arms=(*MAIN, "factored", "block"),
         seeds=5,
         metrics=(POINTS, replace(NATS, unit="nats")),
         shape=Shape(layers=6, width=192, heads=6, context=49, dropout=0.1),
@@ -159,7 +159,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "gap": Experiment(
         title="7. The gap: 25.5 M byte model",
-        arms=(BASELINE, "rank1", "rank1 stochastic"),
+        arms=MAIN,
         seeds=16,
         metrics=(replace(NATS, unit="nats/byte", delta=0.005),),
         shape=Shape(layers=8, width=512, heads=8, context=512, vocabulary=256, tied=False, embedding=1.0),

@@ -207,7 +207,9 @@ class BatchBuilder:
         out = []
         for record, work in zip(self.slabs, self.works, strict=True):
             if len(work.slab.row_ranges) > 1:
-                numbers = np.array(work.slab.row_numbers(0, work.slab.rows), np.int64).astype(np.uint32)
+                pieces = work.slab.row_numbers(0, work.slab.rows)
+                numbers = np.concatenate([np.arange(r.start, r.stop, dtype=np.int64) for r in pieces])
+                numbers = numbers.astype(np.uint32)
                 out.append(self.runtime.upload(numbers))
                 record["numbers"] = out[-1].data_ptr()
         return out

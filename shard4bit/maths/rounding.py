@@ -30,16 +30,17 @@ def draws(rows: Tensor, col0: int, col1: int, step: int) -> Tensor:
     for shift, factor in MIX:
         x = ((x ^ (x >> shift)) * factor) & _ALL
     powers = torch.tensor([pow(NEXT, k, 1 << 32) for k in range(LANE)], dtype=torch.int64, device=rows.device)
-    words = ((x[:, :, None] * powers) & BITS) | _ONE
+    words = x.int()[:, :, None] * powers.int()  # modulo 2^32, as int32 multiplies; half the memory of int64
+    words.bitwise_and_(BITS).bitwise_or_(_ONE)
     start = first * LANE
-    return words.view(len(rows), -1)[:, col0 - start : col1 - start].int().view(torch.float32)
+    return words.view(torch.float32).view(len(rows), -1)[:, col0 - start : col1 - start]
 
 
 def encode_drawn(y: Tensor, drawn: Tensor, bits: int) -> Tensor:
     """Codes (uint8) of normalized values under the linear map without zero: for y = (k + p) / 2^bits, k >= 1,
     entry k with probability p, else entry k - 1; below the first entry code 0. NaN gets code 0.
 
-    y: float32 in [0, 1 + 2^-23]; drawn: of the same shape, from :func:`draws`.
+    y: float32 in [0, 1 + 2^-23], overwritten; drawn: of the same shape, from :func:`draws`.
     """
-    codes = torch.floor(y * float(1 << bits) + drawn) - 2.0
+    codes = y.mul_(float(1 << bits)).add_(drawn).floor_().sub_(2.0)
     return codes.nan_to_num_(0.0).clamp_(0.0, float((1 << bits) - 1)).to(torch.uint8)

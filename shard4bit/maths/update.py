@@ -46,7 +46,8 @@ class Rule:
     moments: names of the moments, in the order of all sequences below.
     options: (param_group) -> what the scalars follow from, as floats; "lr" as it is, a number or a tensor.
     scalars: (param_group, step count after this step) -> the rule's scalars. "ahead": see :func:`lead`.
-        "draw": this step's number where second moments are rounded stochastically (maths.rounding), else 0.
+        "draw": this step's number where second moments under a linear map are rounded stochastically
+        (maths.rounding), else 0.
         cuda/kernels/scalars.cu does the same, operation by operation, from options where the step count lies
         on the device.
     advance: (index, old moment, gradient, parameter, scalars) -> new moment; may overwrite the old one.
@@ -87,15 +88,18 @@ def ahead_of(group: Mapping[str, Any], decay: float) -> float:
     return decay / (1.0 - decay)
 
 
-ROUNDINGS = ("nearest", "stochastic")
+ROUNDINGS = ("auto", "nearest", "stochastic")
 
 
 def is_stochastic(group: Mapping[str, Any]) -> bool:
-    """Whether a group's second moments are rounded so. Raises ValueError for an unknown rounding."""
+    """Whether those of a group's second moments that are in codes of a linear map are rounded so.
+
+    Raises ValueError for an unknown rounding.
+    """
     value = group.get("rounding", "nearest")
     if value not in ROUNDINGS:
         raise ValueError(f"rounding={value!r}: expected one of {ROUNDINGS}")
-    return bool(value == "stochastic")
+    return bool(value != "nearest")
 
 
 def _adamw_options(group: Mapping[str, Any]) -> Options:

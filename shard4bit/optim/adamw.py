@@ -30,10 +30,10 @@ class AdamW4bit(QuantizedOptimizer):
         quantize: False keeps fp32 moments; meant for single parameter groups.
         maximize: ascend instead of descend.
         compensate: let the step make good what rounding the first moment would do to the parameters in later
-            steps (``maths.update.lead``); not in the paper.
-        rounding: of the second moment's codes: "nearest" (the paper's), or "stochastic", right on average, by
-            numbers that follow from the step and an element's row and column (``maths.rounding``). The latter
-            needs a second moment with a linear map ("rank1", "block"), or none to round (fp32).
+            steps (``maths.update.lead``); False: the paper's.
+        rounding: of the second moment's codes: "nearest" (the paper's); "stochastic", right on average, by
+            numbers that follow from the step and an element's row and column (``maths.rounding``), for a
+            linear map ("rank1", "block"); "auto": stochastic with a linear map, else to the nearest.
         capturable: ``step()`` can be captured in a CUDA graph, after a step outside of it, and a replay is a
             step, bit for bit: the step counts lie on the parameters' device, and an lr in a tensor there
             (float32 or float64) is read there. For all groups alike; on the CPU it changes nothing.
@@ -60,8 +60,8 @@ class AdamW4bit(QuantizedOptimizer):
         first_moment: str | MomentSpec = "B128/DE",
         quantize: bool = True,
         maximize: bool = False,
-        compensate: bool = False,
-        rounding: str = "nearest",
+        compensate: bool = True,
+        rounding: str = "auto",
         capturable: bool = False,
     ) -> None:
         defaults = {

@@ -52,13 +52,13 @@ def boolean(group: Mapping[str, Any], name: str) -> None:
 
 def rounding(group: Mapping[str, Any]) -> None:
     """Check the option, and that there is something it can round."""
-    stochastic = is_stochastic(group)
+    wanted = is_stochastic(group) and group["rounding"] != "auto" and group["quantize"]
     spec = parse_spec(group["second_moment"], signed=False, argument="second_moment")
     linear = isinstance(spec, QuantSpec) and spec.mapping == "linear"
-    if stochastic and group["quantize"] and not linear and not isinstance(spec, Full):
+    if wanted and not linear and not isinstance(spec, Full):
         raise ValueError(
             f'rounding="stochastic" with second_moment={spec}: expected codes of a linear map, as of "rank1" '
-            'and "block"; use rounding="nearest" with this one'
+            'and "block"; use rounding="auto" or "nearest" with this one'
         )
 
 

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.accuracy import anatomy
 from benchmarks.accuracy.anatomy import Witness, rows_of
+from benchmarks.accuracy.arms import PAPER
 from benchmarks.accuracy.candidates import (
     ABLATED,
     CANDIDATES,
@@ -39,7 +40,7 @@ def made(count: int = 3) -> list[torch.nn.Parameter]:
 @pytest.mark.parametrize("second", ["rank1", *ABLATED])
 def test_the_paper_is_the_library_bit_for_bit(second: str) -> None:
     ours, theirs = made(), made()
-    library = AdamW4bit(ours, second_moment=second, **OPTIONS)
+    library = AdamW4bit(ours, second_moment=second, **PAPER, **OPTIONS)
     candidate = CandidateAdamW(theirs, ABLATED.get(second, CANDIDATES["paper"]), **OPTIONS)
     for step in range(6):
         torch.manual_seed(step)
@@ -123,7 +124,7 @@ def test_anatomy_changes_nothing() -> None:
     optimizer = CandidateAdamW(params, CANDIDATES["paper"], **OPTIONS)
     twins, witness = made(), Witness()
     plain = [torch.zeros_like(p) for p in params[:3]]
-    library = AdamW4bit(twins, compensate=False, rounding="nearest", **OPTIONS)
+    library = AdamW4bit(twins, **PAPER, **OPTIONS)
     for step in range(4):
         for p, twin in zip(params, twins, strict=True):
             p.grad = torch.randn_like(p) * 0.1**step  # moments decay

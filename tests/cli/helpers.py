@@ -73,7 +73,8 @@ def measured(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, i
 def optimizer_of(params: Any, moments: tuple[str, str] | None) -> torch.optim.Optimizer:
     if moments is None:
         return torch.optim.AdamW(params)
-    return shard4bit.AdamW4bit(params, first_moment=moments[0], second_moment=moments[1])
+    first, second = moments
+    return shard4bit.AdamW4bit(params, first_moment=first, second_moment=second, compensate="/8" not in first)
 
 
 def on_fsdp2(model: Model, kinds: Sequence[tuple[str, str] | None]) -> list[dict[str, int]]:

@@ -17,6 +17,7 @@ from shard4bit.maths.mapping import midpoints
 from tests.covering import covering
 from tests.cuda.emulator import ORDERS, SHUFFLED, available
 from tests.cuda.runtime import EmulatorRuntime, Twins, emulated
+from tests.oracle import PAPER
 from tests.test_invariance import gradient
 
 pytestmark = pytest.mark.skipif(not available(), reason="the emulator needs g++")
@@ -300,7 +301,7 @@ def test_the_twins_can_differ() -> None:
             assert source in text
             super().launch(text.replace(source, source.replace(">", ">=")), *args)
 
-    make = partial(shard4bit.AdamW4bit, lr=1e-2, betas=(0.5, 0.75), second_moment="block")
+    make = partial(shard4bit.AdamW4bit, lr=1e-2, betas=(0.5, 0.75), second_moment="block", **PAPER)
     twins = Twins(starts(shapes), make, KernelBackend(Broken()))
     grad = torch.full(shapes[0], midpoints("de", 4, True)[10])
     grad[:, ::128] = 1.0

@@ -22,6 +22,7 @@ if str(HERE.parents[1]) not in sys.path:
 from tests.oracle import (  # noqa: E402
     CANONICAL_NAN,
     F32,
+    PAPER,
     Array,
     OracleAdamW,
     OracleSGD,
@@ -232,18 +233,18 @@ def build(name: str) -> dict[str, Array]:
         param, grads = to_bf16(param), [to_bf16(grad) for grad in grads]
     optimizer: OracleAdamW | OracleSGD
     if case.optimizer == "adamw":
-        optimizer = OracleAdamW(case.shape, case.first, case.second)
+        optimizer, hyper = OracleAdamW(case.shape, case.first, case.second), {**PAPER, **case.hyper}
     else:
-        optimizer = OracleSGD(case.shape, case.first)
+        optimizer, hyper = OracleSGD(case.shape, case.first), case.hyper
     out = {"case": np.array(described(case)), "steps": np.array(len(grads))}
     out |= {f"hyper/{key}": np.array(value) for key, value in case.hyper.items()}
     out["step0/param"] = snapshot(param)
     for t, grad in enumerate(grads, start=1):
         out[f"step{t}/grad"] = snapshot(grad)
         if bf16:
-            param = to_bf16(optimizer.step(from_bf16(param), from_bf16(grad), **case.hyper))
+            param = to_bf16(optimizer.step(from_bf16(param), from_bf16(grad), **hyper))
         else:
-            param = optimizer.step(param, grad, **case.hyper)
+            param = optimizer.step(param, grad, **hyper)
         out[f"step{t}/param"] = snapshot(param)
         for key, value in optimizer.state.items():
             out[f"step{t}/{key}"] = snapshot(value)

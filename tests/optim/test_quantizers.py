@@ -292,7 +292,9 @@ def test_every_second_moment(spec: QuantSpec) -> None:
     """By spec and by name; the first step's moment (grad^2 rest2) against the oracle's quantizer."""
     shape = (37, 131)
     a, b = copied([nn.Parameter(normal(shape, 1).clone())] * 2)
-    by_spec, by_name = AdamW4bit([a], second_moment=spec), AdamW4bit([b], second_moment=str(spec))
+    by_spec, by_name = (
+        AdamW4bit([p], second_moment=s, rounding="nearest") for p, s in ((a, spec), (b, str(spec)))
+    )
     run([a], by_spec, [0])
     grad = normal(shape, 0, 0).numpy()
     check_against_oracle(by_spec, a, "exp_avg_sq", grad * grad * np.float32(1 - 0.999), spec)

@@ -30,6 +30,8 @@ _KEYS = re.compile(
     r"^(?:.*?\.)?state\.(?P<name>.+)\.(?P<key>(?P<moment>exp_avg_sq|exp_avg|momentum_buffer)"
     r"(?:_(?P<suffix>codes|absmax|row_max|col_max|row_mean|col_mean|mean))?|step)$"
 )
+#: what the constructors take if not told otherwise
+ADAMW, SGD = {"compensate": True, "rounding": "auto"}, {"compensate": False}
 _GROUPS = re.compile(r"^(?:.*?\.)?param_groups\.(?P<group>.+)\.(?P<option>\w+)$")
 #: what the metadata of torch 2.11 to 2.13 is made of; nothing here can be called to any effect
 _ALLOWED = {
@@ -257,8 +259,8 @@ def _tree(package: Package, loads: dict[str, Callable[[], Tensor]]) -> dict[str,
             state[entry.name] = own
     groups = [
         {
-            **dict.fromkeys(("compensate", *RUN_OPTIONS), False),  # where the source does not say
-            **({"rounding": "nearest"} if "betas" in g["options"] else {}),
+            **dict.fromkeys(RUN_OPTIONS, False),
+            **(ADAMW if "betas" in g["options"] else SGD),  # where the source does not say
             **{k: tuple(v) if isinstance(v, list) else v for k, v in g["options"].items()},
             "params": g["parameters"],
         }
