@@ -14,7 +14,8 @@ from shard4bit.spec import MomentSpec, parse_spec
 
 
 class AdamW4bit(QuantizedOptimizer):
-    """AdamW whose moments are stored in 4 bits (Li, Chen, Zhu, NeurIPS 2023, algorithm 1 and section 4).
+    """AdamW whose moments are stored in 4 bits (Li, Chen, Zhu, NeurIPS 2023, algorithm 1 and section 4), and
+    whose steps make good the bias of that (``compensate``, ``rounding``; docs/decisions/0021-defaults.md).
 
     Args:
         params: parameters, (name, parameter) pairs, or groups. Plain tensors and DTensors, fp32, bf16 or
