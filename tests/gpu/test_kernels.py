@@ -189,14 +189,16 @@ def test_a_step_allocates_nothing_and_waits_for_nothing(second: str) -> None:
 
 
 def test_a_large_tensor() -> None:
-    """More than 2^31 elements: the last rows equal those of the same rows alone (block statistics)."""
+    """More than 2^31 elements: the last rows equal those of the same rows alone (block statistics, and codes
+    that do not depend on a row's number)."""
     rows, cols, tail = 1_100_000, 2048, 64
     param = torch.nn.Parameter(torch.zeros(rows, cols, device="cuda", dtype=torch.bfloat16))
     param.grad = torch.zeros_like(param)
     small = torch.nn.Parameter(torch.zeros(tail, cols, device="cuda", dtype=torch.bfloat16))
     small.grad = torch.randn(tail, cols, device="cuda", dtype=torch.bfloat16)
     param.grad[-tail:] = small.grad
-    optimizers = [shard4bit.AdamW4bit([p], second_moment="block") for p in (param, small)]
+    options = {"second_moment": "block", "rounding": "nearest"}
+    optimizers = [shard4bit.AdamW4bit([p], **options) for p in (param, small)]
     for _ in range(2):
         for optimizer in optimizers:
             optimizer.step()
