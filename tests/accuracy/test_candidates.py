@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.accuracy import anatomy
+from benchmarks.accuracy import anatomy, histograms
 from benchmarks.accuracy.anatomy import Witness, rows_of
 from benchmarks.accuracy.arms import PAPER
 from benchmarks.accuracy.candidates import (
@@ -159,3 +160,18 @@ def test_anatomy_of_a_toy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     lines = out.read_text().splitlines()
     assert lines[0] == ",".join(anatomy.COLUMNS) and len(lines) == 5  # of four kinds of layers
     assert "| v exact | head | exp_avg |" in capsys.readouterr().out
+
+
+def test_histograms_of_a_toy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The zero point shows where a map has one, and only there."""
+    out, figure = tmp_path / "histograms.csv", tmp_path / "figures" / "ablation.png"
+    assert histograms.main(["--toy", "--out", str(out), "--figure", str(figure)]) == 0
+    assert figure.stat().st_size > 10_000
+    with out.open() as file:
+        rows = list(csv.DictReader(file))
+    assert {r["spec"] for r in rows} == set(histograms.SPECS[:5]) | {"Rank-1/Linear"}
+    for row in rows:
+        has_zero = row["spec"].endswith("/DE")
+        assert (float(row["worst"]) > 100) == has_zero, row
+        assert float(row["zeros"]) == 0 or has_zero, row
+    assert "| blocks.mlp | B2048/DE |" in capsys.readouterr().out
