@@ -8,12 +8,14 @@ resumed run, with nothing to store. cuda/kernels/codes.cuh does the same, operat
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 LANE = 8  # columns that share one hash
 STEP, ROW, COLUMNS = 0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35  # odd: a counter from (step, row, column // LANE)
-MIX = ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1))  # shift and factor of each round (C. Wellons' lowbias32)
+MIX = ((16, 0x7FEB352D), (15, 0x846CA68B))  # rounds: shift, factor (C. Wellons' lowbias32), then shift 16
 NEXT = 0x915F77F5  # from column to column (Steele and Vigna 2022: a good multiplier modulo 2^32)
 BITS = 0x7FFF00  # of the mantissa that are drawn: with fewer than 23, 16 y + draw stays below 18
 _ALL, _ONE = 0xFFFFFFFF, 0x3F800000
@@ -26,14 +28,21 @@ def draws(rows: Tensor, col0: int, col1: int, step: int) -> Tensor:
     """
     first = col0 // LANE
     lanes = torch.arange(first, -(-col1 // LANE), dtype=torch.int64, device=rows.device)
-    x = (rows[:, None] * ROW + lanes * COLUMNS + step * STEP) & _ALL
+    x = (rows[:, None] * ROW).add(lanes.mul_(COLUMNS).add_(step * STEP)).bitwise_and_(_ALL)
     for shift, factor in MIX:
-        x = ((x ^ (x >> shift)) * factor) & _ALL
-    powers = torch.tensor([pow(NEXT, k, 1 << 32) for k in range(LANE)], dtype=torch.int64, device=rows.device)
-    words = x.int()[:, :, None] * powers.int()  # modulo 2^32, as int32 multiplies; half the memory of int64
+        x.bitwise_xor_(x >> shift).mul_(factor).bitwise_and_(_ALL)
+    x.bitwise_xor_(x >> 16)
+    words = x.int()[:, :, None] * _powers(rows.device)  # modulo 2^32, as int32 multiplies
     words.bitwise_and_(BITS).bitwise_or_(_ONE)
     start = first * LANE
     return words.view(torch.float32).view(len(rows), -1)[:, col0 - start : col1 - start]
+
+
+@lru_cache(maxsize=16)
+def _powers(device: torch.device) -> Tensor:
+    """Of NEXT, int32 (LANE,)."""
+    powers = [pow(NEXT, k, 1 << 32) for k in range(LANE)]
+    return torch.tensor(powers, dtype=torch.int64, device=device).int()
 
 
 def encode_drawn(y: Tensor, drawn: Tensor, bits: int) -> Tensor:
