@@ -162,6 +162,7 @@ def test_anatomy_of_a_toy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "| v exact | head | exp_avg |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_histograms_of_a_toy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The zero point shows where a map has one, and only there."""
     out, figure = tmp_path / "histograms.csv", tmp_path / "figures" / "ablation.png"
