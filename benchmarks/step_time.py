@@ -14,11 +14,13 @@ import sys
 import time
 from typing import Any
 
-PAPER = {"compensate": False, "rounding": "nearest"}
 SECONDS = ("block", "rank1", "factored")
 OURS: dict[str, dict[str, Any]] = {
     **{name: {"second_moment": name} for name in SECONDS},
-    **{f"{name}_paper": {"second_moment": name, **PAPER} for name in SECONDS},
+    **{
+        f"{name}_paper": {"second_moment": name, "compensate": False, "rounding": "nearest"}
+        for name in SECONDS
+    },
 }
 CASES = [
     *[(name, "bf16", "llama") for name in ("torch_fused", *OURS)],

@@ -96,6 +96,9 @@ SECOND_MOMENTS = (
 )
 _ALIASES = {"rank1": "Rank-1/Linear", "block": "B128/Linear"}
 
+#: Keyword arguments for AdamW4bit that make it algorithm 1 of the paper, to the letter.
+ADAMW_PAPER: dict[str, Any] = {"compensate": False, "rounding": "nearest"}
+
 #: Keyword arguments for AdamW4bit that make it the 8-bit baseline. (It loses nothing that compensation, which
 #: takes the torch reference a chunk of memory, could make good.)
 ADAMW_8BIT: dict[str, Any] = {

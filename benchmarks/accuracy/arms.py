@@ -17,13 +17,12 @@ from torch import nn
 
 import shard4bit
 from benchmarks.accuracy.candidates import ABLATED, CANDIDATES, CandidateAdamW
-from shard4bit.spec import ADAMW_8BIT
+from shard4bit.spec import ADAMW_8BIT, ADAMW_PAPER
 
 BASELINE = "fp32"
 STABLE = "+emb32"
 BETA1 = "fp32 beta1="
 
-PAPER: dict[str, Any] = {"compensate": False, "rounding": "nearest"}
 #: Arms whose options are more than a second moment. New options of AdamW4bit get their line here.
 OPTIONS: dict[str, dict[str, Any]] = {
     "8bit": ADAMW_8BIT,
@@ -84,4 +83,4 @@ def make_optimizer(arm: str, model: nn.Module, **common: Any) -> torch.optim.Opt
     if candidate is not None:
         return CandidateAdamW(made, candidate, seed=torch.initial_seed(), **common)
     options = OPTIONS.get(base, {"second_moment": base})
-    return shard4bit.AdamW4bit(made, **common, **{**PAPER, **options})
+    return shard4bit.AdamW4bit(made, **common, **{**ADAMW_PAPER, **options})

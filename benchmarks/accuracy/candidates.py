@@ -1,6 +1,6 @@
 """Candidates for closing the gap (experiment 7): AdamW whose moments are rounded after every step to what a
 quantizer could hold in 4 bits. The values are kept in fp32, so that a quantizer is a few lines; it saves no
-memory and is not for use. "paper" gives the same bits as AdamW4bit's default (tests/accuracy).
+memory and is not for use. "paper" gives the same bits as AdamW4bit's paper options (tests/accuracy).
 
 A quantizer divides a matrix by scales, moves each quotient to a neighbouring entry of a table of 16, and
 multiplies again. What stays the same for all: which tensors are quantized, and the formulas of the moments.

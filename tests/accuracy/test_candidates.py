@@ -11,7 +11,6 @@ import torch
 
 from benchmarks.accuracy import anatomy, histograms
 from benchmarks.accuracy.anatomy import Witness, rows_of
-from benchmarks.accuracy.arms import PAPER
 from benchmarks.accuracy.candidates import (
     ABLATED,
     CANDIDATES,
@@ -26,6 +25,7 @@ from benchmarks.accuracy.candidates import (
 from shard4bit import AdamW4bit
 from shard4bit.maths.packing import unpack_codes
 from shard4bit.maths.update import ADAMW
+from shard4bit.spec import ADAMW_PAPER
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def made(count: int = 3) -> list[torch.nn.Parameter]:
 @pytest.mark.parametrize("second", ["rank1", *ABLATED])
 def test_the_paper_is_the_library_bit_for_bit(second: str) -> None:
     ours, theirs = made(), made()
-    library = AdamW4bit(ours, second_moment=second, **PAPER, **OPTIONS)
+    library = AdamW4bit(ours, second_moment=second, **ADAMW_PAPER, **OPTIONS)
     candidate = CandidateAdamW(theirs, ABLATED.get(second, CANDIDATES["paper"]), **OPTIONS)
     for step in range(6):
         torch.manual_seed(step)
@@ -125,7 +125,7 @@ def test_anatomy_changes_nothing() -> None:
     optimizer = CandidateAdamW(params, CANDIDATES["paper"], **OPTIONS)
     twins, witness = made(), Witness()
     plain = [torch.zeros_like(p) for p in params[:3]]
-    library = AdamW4bit(twins, **PAPER, **OPTIONS)
+    library = AdamW4bit(twins, **ADAMW_PAPER, **OPTIONS)
     for step in range(4):
         for p, twin in zip(params, twins, strict=True):
             p.grad = torch.randn_like(p) * 0.1**step  # moments decay

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
@@ -21,7 +22,9 @@ from shard4bit.checkpoint.pieces import DTYPES
 from shard4bit.cli.formats.package import MOMENTS, OPTIONS, Entry, Package, Stored, filled, natural
 from shard4bit.cli.tables import Bar, UsageError
 from shard4bit.layout import Slab
-from shard4bit.optim.loading import OWN_OPTIONS, RUN_OPTIONS
+from shard4bit.optim.adamw import AdamW4bit
+from shard4bit.optim.loading import OWN_OPTIONS, RUN_OPTIONS, SPEC_OPTIONS
+from shard4bit.optim.sgd import SGD4bit
 from shard4bit.spec import Full, MomentSpec, parse_spec
 from shard4bit.state import parts, state_key
 
@@ -30,8 +33,6 @@ _KEYS = re.compile(
     r"^(?:.*?\.)?state\.(?P<name>.+)\.(?P<key>(?P<moment>exp_avg_sq|exp_avg|momentum_buffer)"
     r"(?:_(?P<suffix>codes|absmax|row_max|col_max|row_mean|col_mean|mean))?|step)$"
 )
-#: what the constructors take if not told otherwise
-ADAMW, SGD = {"compensate": True, "rounding": "auto"}, {"compensate": False}
 _GROUPS = re.compile(r"^(?:.*?\.)?param_groups\.(?P<group>.+)\.(?P<option>\w+)$")
 #: what the metadata of torch 2.11 to 2.13 is made of; nothing here can be called to any effect
 _ALLOWED = {
@@ -260,13 +261,19 @@ def _tree(package: Package, loads: dict[str, Callable[[], Tensor]]) -> dict[str,
     groups = [
         {
             **dict.fromkeys(RUN_OPTIONS, False),
-            **(ADAMW if "betas" in g["options"] else SGD),  # where the source does not say
+            **_defaults(AdamW4bit if "betas" in g["options"] else SGD4bit),  # where the source does not say
             **{k: tuple(v) if isinstance(v, list) else v for k, v in g["options"].items()},
             "params": g["parameters"],
         }
         for g in package.groups
     ]
     return {"model": model, "optimizer": {"state": state, "param_groups": groups}}
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    """What an optimizer does beside storing, if it is not told otherwise."""
+    known = inspect.signature(kind).parameters
+    return {name: known[name].default for name in OWN_OPTIONS if name in known and name not in SPEC_OPTIONS}
 
 
 def _of(stored: Stored, suffix: str) -> Tensor:
