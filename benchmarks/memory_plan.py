@@ -46,6 +46,14 @@ def gradients(model: nn.Module) -> None:
         param.grad = torch.empty_like(param).normal_(0, 1e-3)
 
 
+def optimizer_of(params: Any, moments: tuple[str, str] | None) -> torch.optim.Optimizer:
+    """What the planner plans under these moments: 8 bits are not compensated, as in ``ADAMW_8BIT``."""
+    if moments is None:
+        return torch.optim.AdamW(params)
+    first, second = moments
+    return shard4bit.AdamW4bit(params, first_moment=first, second_moment=second, compensate="/8" not in first)
+
+
 def measured(model: Model, name: str, dtype: str) -> dict[str, int]:
     """Bytes as the allocator counts them."""
     gc.collect()
@@ -53,14 +61,7 @@ def measured(model: Model, name: str, dtype: str) -> dict[str, int]:
     start = torch.cuda.memory_allocated()
     net: Any = Shapes(model, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
     weights = torch.cuda.memory_allocated() - start
-    moments = OPTIMIZERS[name]
-    if moments is None:
-        optimizer: Any = torch.optim.AdamW(net.parameters())
-    else:
-        first, second = moments
-        optimizer = shard4bit.AdamW4bit(
-            net.parameters(), first_moment=first, second_moment=second, compensate="/8" not in first
-        )
+    optimizer: Any = optimizer_of(net.parameters(), OPTIMIZERS[name])
     gradients(net)
     both = torch.cuda.memory_allocated() - start
     optimizer.step()

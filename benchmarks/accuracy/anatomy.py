@@ -114,13 +114,14 @@ class Witness:
     def note(self, optimizer: CandidateAdamW, model: nn.Module, *, scales: bool) -> None:
         """Of the coming step; to be called before each. scales: whether the next one will be looked at."""
         for _, param, group in quantized(optimizer, model):
-            grad, step = param.grad.float(), optimizer.count + 1  # type: ignore[union-attr]
+            grad = param.grad.float()  # type: ignore[union-attr]
+            scalars = ADAMW.scalars(group, optimizer.count + 1)
             exact = coming(optimizer, param, group)[1] if scales else []
             for i, quantizer in enumerate(optimizer.quantizers):
                 if quantizer.table == "exact":
                     continue
                 own = self.unrounded.setdefault((param, i), torch.zeros_like(grad))
-                ADAMW.advance(i, own, grad, grad, ADAMW.scalars(group, step))
+                ADAMW.advance(i, own, grad, grad, scalars)
                 if scales:
                     self.scales[param, i] = scale_of(quantizer, exact[i])
 

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import shard4bit
+from benchmarks.memory_plan import optimizer_of
 from shard4bit.cli.models import Model
 from shard4bit.placement import to_local
 from tests.fsdp.models import mesh_of
@@ -68,13 +69,6 @@ def measured(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, i
         "gradients": bytes_of(p.grad for p in params if p.grad is not None),
         "moments": bytes_of(state),
     }
-
-
-def optimizer_of(params: Any, moments: tuple[str, str] | None) -> torch.optim.Optimizer:
-    if moments is None:
-        return torch.optim.AdamW(params)
-    first, second = moments
-    return shard4bit.AdamW4bit(params, first_moment=first, second_moment=second, compensate="/8" not in first)
 
 
 def on_fsdp2(model: Model, kinds: Sequence[tuple[str, str] | None]) -> list[dict[str, int]]:
