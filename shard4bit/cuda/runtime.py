@@ -39,6 +39,29 @@ class _Stream:
         self.ptr = ptr
 
 
+class _Event:
+    """A CUDA event as staging takes it."""
+
+    __slots__ = ("event",)
+
+    def __init__(self) -> None:
+        self.event = cupy.cuda.Event(disable_timing=True)
+
+    def query(self) -> bool:
+        return bool(self.event.done)
+
+    def synchronize(self) -> None:
+        self.event.synchronize()
+
+
+def _public_stream(device: int) -> int:
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+#: The handle of a device's current stream: what torch's own compiled code calls, which makes no Stream object.
+_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", _public_stream)
+
+
 @lru_cache(maxsize=256)
 def _function(source: str, name: str, device: int) -> Any:
     with cupy.cuda.Device(device):
@@ -60,7 +83,7 @@ class CupyRuntime:
 
     def launch(self, source: str, name: str, blocks: int, threads: int, args: tuple[Any, ...]) -> None:
         function = _function(source, name, self.index)
-        stream = _Stream(torch.cuda.current_stream(self.index).cuda_stream)
+        stream = _Stream(_current_stream(self.index))
         if torch.cuda.current_device() == self.index:
             function((blocks,), (threads,), args, stream=stream)
         else:
@@ -80,15 +103,15 @@ class CupyRuntime:
     def pinned(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
-    def event(self) -> torch.cuda.Event:
-        return torch.cuda.Event()
+    def event(self) -> _Event:
+        with cupy.cuda.Device(self.index):
+            return _Event()
 
-    def copy(self, into: int, source: int, size: int, copied: torch.cuda.Event | None = None) -> None:
-        stream = torch.cuda.current_stream(self.index)
-        runtime = cupy.cuda.runtime
-        runtime.memcpyAsync(into, source, size, runtime.memcpyHostToDevice, stream.cuda_stream)
+    def copy(self, into: int, source: int, size: int, copied: _Event | None = None) -> None:
+        stream, runtime = _current_stream(self.index), cupy.cuda.runtime
+        runtime.memcpyAsync(into, source, size, runtime.memcpyHostToDevice, stream)
         if copied is not None:
-            copied.record(stream)
+            runtime.eventRecord(copied.event.ptr, stream)
 
     def capturing(self) -> bool:
         if torch.cuda.current_device() == self.index:
