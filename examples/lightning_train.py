@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Subset
 import shard4bit
 from examples import common
 from examples.lightning_strategies import Fsdp1, Zero
+from launch.cluster import leave
 
 OPTIONS: dict[str, Any] = {"lr": 2e-3, "weight_decay": 0.1}
 BATCH, ACCUMULATE = 4, 2  # sequences, batches per step
@@ -116,3 +117,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)  # on CPUs, gloo's threads now and then abort a process that ends by itself

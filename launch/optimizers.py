@@ -41,10 +41,11 @@ def choose(
 ) -> Choice:
     """The optimizer called ``name``. compensate: of shard4bit's own only; second_moment and rounding:
     of adamw4bit only. Raises ValueError where its package is not installed."""
-    own: dict[str, Any] = {} if compensate is None else {"compensate": compensate}
+    asked = {"compensate": compensate, "rounding": rounding}
+    own = {option: value for option, value in asked.items() if value is not None}
     adam: dict[str, Any] = {"lr": lr, "betas": BETAS, "eps": 1e-8, "weight_decay": WEIGHT_DECAY}
     if name == "adamw4bit":
-        own |= {"second_moment": second_moment or "rank1", "rounding": rounding or "auto"}
+        own["second_moment"] = second_moment or "rank1"
         return Choice(shard4bit.AdamW4bit, {**adam, **own}, "AdamW4bit")
     if name == "adamw8bit":
         return Choice(shard4bit.AdamW4bit, {**adam, **shard4bit.spec.ADAMW_8BIT, **own}, "AdamW4bit")

@@ -52,6 +52,8 @@ ALLOWED = {
     ("comm.py", "_foreach_copy_"),  # of the documented torch._foreach family: many small copies in one launch
     ("optim/alike.py", "_C"),  # its compiler compares many tensors in one call; not needed
     ("optim/alike.py", "_dynamo"),
+    ("cuda/runtime.py", "_C"),  # the current stream's handle without a Stream object, as torch's compiled
+    ("cuda/runtime.py", "_cuda_getCurrentRawStream"),  # code gets it; not needed
     ("placement.py", "_fsdp_flattened"),  # FSDP1's mark on original parameters, which must be refused
     ("sharding.py", "_local_tensor"),  # what DTensor.to_local() gives, at once
     ("sharding.py", "__create_chunk_list__"),  # how DTensor describes its piece to checkpoints

@@ -15,7 +15,7 @@ from shard4bit.dispatch import backend_for
 from shard4bit.layout import Slab
 from shard4bit.maths.update import ADAMW
 from shard4bit.reference import ReferenceBackend
-from shard4bit.spec import parse_spec
+from shard4bit.spec import ADAMW_PAPER, parse_spec
 from shard4bit.state import Moment
 from tests.cuda.test_kernels_decode import KINDS, filled
 from tests.test_invariance import adamw_scalars, run
@@ -38,7 +38,7 @@ SHAPES = [
     (77,),
 ]
 ADAMS: dict[str, dict[str, Any]] = {
-    "paper": {"compensate": False, "rounding": "nearest"},
+    "paper": ADAMW_PAPER,
     "compensated": {"compensate": True, "rounding": "nearest"},
     "stochastic": {"compensate": True, "rounding": "stochastic"},
 }
