@@ -58,7 +58,7 @@ def _public_stream(device: int) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream)
 
 
-#: The handle of a device's current stream: what torch's own compiled code calls, which makes no Stream object.
+#: The handle of a device's current stream: what torch's compiled code calls, which makes no Stream object.
 _current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", _public_stream)
 
 
