@@ -21,8 +21,6 @@ from shard4bit.optim.base import QuantizedOptimizer
 from tests.fsdp import models
 from tests.fsdp.models import SHAPES, Zoo
 
-CPU = torch.device("cpu")
-
 
 class Part(Zoo):
     """A Zoo with a forward that uses all of its parameters."""
@@ -48,7 +46,7 @@ class Nest(Part):
 
 def flattened(model: nn.Module, orig: bool, strategy: str = "FULL_SHARD", **options: Any) -> Any:
     """Shard by FSDP1, each Part by itself; options: ``mixed`` (bf16 compute), ``offload``."""
-    how: dict[str, Any] = {"device_id": CPU}
+    how: dict[str, Any] = {"device_id": models.Where.device}
     if options.pop("mixed", False):
         how["mixed_precision"] = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if options.pop("offload", False):
@@ -75,7 +73,7 @@ def force(model: nn.Module, step: int, missing: tuple[str, ...] = ()) -> None:
     """Give every parameter its part of the global gradient of this step."""
     for item in FlatSource(model).parameters():
         shape, slab = item.placed.slab.view.shape, item.placed.slab
-        whole = models.gradient(short(item.name), shape, step).to(item.placed.data().dtype)
+        whole = models.gradient(short(item.name), shape, step).to(item.placed.data())
         if short(item.name) in missing:
             whole = torch.zeros_like(whole)
         row0 = slab.row_ranges[0][0] * slab.view.cols + slab.head if slab.numel else 0

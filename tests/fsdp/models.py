@@ -36,6 +36,17 @@ SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_dec
 Arrays = dict[str, np.ndarray]
 
 
+class Where:
+    """The device that models of this process are made on."""
+
+    device = torch.device("cpu")
+
+
+def use_device(device: str) -> None:
+    """Make the models that come on another device; the ranks of a pool may share a GPU so, over gloo."""
+    Where.device = torch.device(device)
+
+
 def optimizer_of(kind: str, params: Any, **options: Any) -> QuantizedOptimizer:
     """ "sgd", "nesterov", or the name of a second moment for AdamW4bit."""
     if kind == "sgd":
@@ -73,7 +84,7 @@ class Zoo(nn.Module):
     def __init__(self, shapes: dict[str, tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32):
         super().__init__()
         for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(start(name, shape).to(dtype)))
+            self.register_parameter(name, nn.Parameter(start(name, shape).to(Where.device, dtype)))
 
 
 def of_shape(parameter: nn.Parameter) -> Shard | None:
@@ -84,7 +95,19 @@ def of_shape(parameter: nn.Parameter) -> Shard | None:
 @lru_cache
 def mesh_of(*sizes: int) -> DeviceMesh:
     """A mesh over all ranks; kept, because every new one makes process groups."""
-    return init_device_mesh("cpu", sizes, mesh_dim_names=tuple(f"d{i}" for i in range(len(sizes))))
+    names = tuple(f"d{i}" for i in range(len(sizes)))
+    if Where.device.type == "cpu":
+        return init_device_mesh("cpu", sizes, mesh_dim_names=names)
+    ranks = torch.arange(dist.get_world_size()).view(sizes)  # by itself it would take NCCL: a GPU per rank
+    if len(sizes) == 1:
+        whole = dist.group.WORLD
+        assert whole is not None
+        return DeviceMesh.from_group(whole, Where.device.type, mesh_dim_names=names)
+    groups = []
+    for dim in range(len(sizes)):
+        members = ranks.movedim(dim, -1).reshape(-1, sizes[dim]).tolist()
+        groups.append(dist.new_subgroups_by_enumeration(members)[0])
+    return DeviceMesh.from_group(groups, Where.device.type, mesh=ranks, mesh_dim_names=names)
 
 
 def sharded(model: nn.Module, layout: str) -> Any:
@@ -98,7 +121,7 @@ def sharded(model: nn.Module, layout: str) -> Any:
 def scatter(full: Tensor, like: Tensor) -> Tensor:
     """This rank's slice of a global tensor that every rank knows, placed as ``like``; no communication."""
     if not isinstance(like, DTensor):
-        return full.clone()
+        return full.to(like.device, copy=True)
     return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
 
 
@@ -118,7 +141,7 @@ def full(tensor: Tensor) -> np.ndarray:
     """The whole tensor, as numpy; bf16 as its bits. Collective on DTensors."""
     with torch.no_grad():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-    whole = whole.contiguous()
+    whole = whole.contiguous().cpu()
     return (whole.view(torch.int16) if whole.dtype == torch.bfloat16 else whole).numpy().copy()
 
 

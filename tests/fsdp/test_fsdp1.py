@@ -63,7 +63,7 @@ def trained(
     optimizer = wrapped(kind, model, **wrapping)
     for step in range(1, steps + 1):
         optimizer.zero_grad()
-        model(X).sum().backward()
+        model(X.to(models.Where.device)).sum().backward()
         flat.force(model, step)
         optimizer.step()
     return model, optimizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests import oracle
 from tests.covering import covering
 from tests.fsdp import models
 from tests.fsdp.models import ADAMW, SGD, SHAPES, Arrays, Zoo, canonical, optimizer_of, same
-from tests.pool import pool
+from tests.pool import Pool, pool
 from tests.test_oracle_agreement import same_bits
 
 STEPS = 4
@@ -113,10 +114,10 @@ def placed_run(kind: str, shape: tuple[int, ...], mesh: tuple[int, ...], placeme
     optimizer = optimizer_of(kind, model.parameters())
     models.train(model, optimizer, STEPS)
     state = optimizer.state[model.w]
-    local = {k: v.numpy().copy() for k, v in state.items() if not isinstance(v, DTensor)}
+    local = {k: v.cpu().numpy().copy() for k, v in state.items() if not isinstance(v, DTensor)}
     whole = {k: v for k, v in canonical(model, optimizer).items() if k.split("/")[-1] not in local}
     numbers = torch.arange(model.w.numel()).view(shape)
-    mine = distribute_tensor(numbers, device_mesh, sharding, src_data_rank=None).to_local().numpy()
+    mine = distribute_tensor(numbers, device_mesh, sharding, src_data_rank=None).to_local().cpu().numpy()
     error: Exception | None = None
     try:
         optimizer.state_dict()
@@ -169,17 +170,21 @@ CUTS = [
 ]
 
 
-@pytest.mark.parametrize("shape, mesh, placements, plain", CUTS)
-@pytest.mark.parametrize("kind", ["rank1", "block"])
-def test_dtensors_cut_anywhere(
-    kind: str, shape: tuple[int, ...], mesh: tuple[int, ...], placements: str, plain: tuple[str, ...]
+def check_cut(
+    pool_of: Callable[[int], Pool],
+    kind: str,
+    shape: tuple[int, ...],
+    mesh: tuple[int, ...],
+    placements: str,
+    plain: tuple[str, ...],
 ) -> None:
+    """What ranks of such a pool hold of a parameter, and what state_dict() says, against one process."""
     model = Zoo({"w": shape})
     reference = optimizer_of(kind, model.parameters())
     models.train(model, reference, STEPS)
     expected = canonical(model, reference)
     cols = oracle.matrix_shape(shape)[1]
-    results = pool(int(np.prod(mesh))).run(placed_run, kind, shape, mesh, placements)
+    results = pool_of(int(np.prod(mesh))).run(placed_run, kind, shape, mesh, placements)
     for rank, (whole, local, mine, error) in enumerate(results):
         where = (rank, mine.shape)
         assert {k.rsplit("_")[-1] for k in local} - {"step"} == set(plain), where
@@ -195,6 +200,14 @@ def test_dtensors_cut_anywhere(
             assert "param_groups[0]" in str(error), where
         else:
             assert error is None, where
+
+
+@pytest.mark.parametrize("shape, mesh, placements, plain", CUTS)
+@pytest.mark.parametrize("kind", ["rank1", "block"])
+def test_dtensors_cut_anywhere(
+    kind: str, shape: tuple[int, ...], mesh: tuple[int, ...], placements: str, plain: tuple[str, ...]
+) -> None:
+    check_cut(pool, kind, shape, mesh, placements, plain)
 
 
 def test_factored_statistics_of_column_cuts() -> None:
