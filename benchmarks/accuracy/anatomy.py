@@ -216,9 +216,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--every", type=int, default=100, help="steps between looks")
     parser.add_argument("--toy", action="store_true", help="tiny model, made-up data, on the CPU")
     parser.add_argument("--out", type=Path, default=store.RESULTS / "anatomy.csv")
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of what --out holds; run nothing"
+    )
     want = parser.parse_args(argv)
     if want.every < 2:
         parser.error(f"--every {want.every}: expected 2 or more")
+    if want.table:
+        with want.out.open(newline="") as file:
+            print(table(list(csv.DictReader(file))))
+        return 0
     rows = [r for arm in want.arms.split(";") for r in study(arm, want.seed, want.every, toy=want.toy)]
     want.out.parent.mkdir(parents=True, exist_ok=True)
     with want.out.open("w", newline="") as file:

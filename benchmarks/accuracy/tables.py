@@ -15,6 +15,7 @@ from benchmarks.accuracy.stats import compare
 from benchmarks.accuracy.store import Row
 
 SMOOTH = 5  # points of a curve
+SPOILT = 0.3  # by how many nats above the baseline a run that did not diverge has come to grief
 
 Runs = dict[str, dict[int, Row]]  # arm -> seed -> row
 
@@ -76,7 +77,30 @@ def table(experiment: Experiment, rows: Sequence[Row], metric: Metric) -> str:
     head += ["90 % bootstrap", f"equivalence, Δ = {metric.delta:g}"]
     lines = [head, ["---"] * len(head)]
     lines += [line(arm, runs, metric) for arm in [*known, *sorted(set(runs) - set(known))]]
+    return markdown(lines)
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def together(sets: Sequence[Runs], metric: Metric) -> str:
+    """The Markdown table of an experiment that ran several times, each run against the baseline's of its own
+    time: how many diverged, how many are spoilt, and the median of the others' differences."""
+    lines = [
+        ["arm", "diverged", "spoilt", f"{metric.unit} of the others minus {BASELINE}, median"],
+        ["---"] * 4,
+    ]
+    for arm in (arm for arm in sets[0] if arm != BASELINE):
+        count = sum(len(runs.get(arm, ())) for runs in sets)
+        pairs = [(values(runs.get(arm, {}), metric), values(runs[BASELINE], metric)) for runs in sets]
+        found = [own[s] - base[s] for own, base in pairs for s in sorted(set(own) & set(base))]
+        diverged = count - sum(len(own) for own, _ in pairs)
+        others = [d for d in found if d <= SPOILT]
+        median = f"{statistics.median(others):+.{metric.digits}f}" if others else "-"
+        cells = [arm, f"{diverged} of {count}", str(len(found) - len(others)), f"{median} ({len(others)})"]
+        lines.append(cells)
+    return markdown(lines)
 
 
 def points(curve: str) -> tuple[list[int], list[float]]:
@@ -138,6 +162,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{int(rows[0]['parameters']) / 1e6:.1f} M parameters\n")
         for metric in experiment.metrics:
             print(table(experiment, rows, metric) + "\n")
+        if again := store.read(want.results / f"{name}-again.csv"):
+            metric = experiment.metrics[0]
+            print(f"The same runs once more:\n\n{table(experiment, again, metric)}\n")
+            print(f"Both:\n\n{together([runs_of(rows), runs_of(again)], metric)}\n")
         if want.plots:
             plot(experiment, rows, want.plots / f"{name}.svg")
     return 0

@@ -159,7 +159,10 @@ def test_anatomy_of_a_toy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert anatomy.main(["--toy", "--every", "20", "--arms", "v exact", "--out", str(out)]) == 0
     lines = out.read_text().splitlines()
     assert lines[0] == ",".join(anatomy.COLUMNS) and len(lines) == 5  # of four kinds of layers
-    assert "| v exact | head | exp_avg |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| v exact | head | exp_avg |" in printed
+    assert anatomy.main(["--table", "--out", str(out)]) == 0
+    assert capsys.readouterr().out == printed
 
 
 @pytest.mark.slow

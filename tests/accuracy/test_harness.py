@@ -102,6 +102,7 @@ def row(arm: str, seed: int, loss: float, **more: Any) -> dict[str, Any]:
         "order": seed,
         "curve": "1:2",
         "device": "CPU",
+        "parameters": 1,
         **more,
     }
 
@@ -144,6 +145,22 @@ def test_table(tmp_path: Path) -> None:
         tables.runs_of([*rows, {**rows[0], "arm": "block", "weights": "x"}])
     with pytest.raises(ValueError, match="several"):
         tables.runs_of([*rows, {**rows[0], "arm": "block", "settings": "x"}])
+
+
+def test_table_of_runs_that_ran_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tables, "EXPERIMENTS", {"scratch": EXPERIMENTS["scratch"]})
+    for name, shift in (("scratch", 0.0), ("scratch-again", 0.5)):
+        for seed in range(2):
+            store.append(tmp_path / f"{name}.csv", row("fp32", seed, 3.0 + shift))
+            store.append(tmp_path / f"{name}.csv", row("rank1", seed, 3.0 + shift * (1 + seed) + 0.1 * seed))
+        store.append(tmp_path / f"{name}.csv", row("block", 0, float("nan"), diverged=1, val_loss=""))
+    assert tables.main(["--results", str(tmp_path)]) == 0
+    both = capsys.readouterr().out.partition("Both:")[2]
+    # minus fp32: 0 and 0.1; the second time 0, and 0.6, which is too much to be noise
+    assert "| rank1 | 0 of 4 | 1 | +0.0000 (3) |" in both
+    assert "| block | 2 of 2 | 0 | - (0) |" in both and "fp32 |" not in both.splitlines()[4]
 
 
 def test_padding_and_pieces() -> None:
