@@ -3,8 +3,8 @@
 Every case runs in a fresh process on the parameter shapes of a 1.1 B Llama-style model (or 2,000 tensors
 of 40 k elements), with fresh random gradients before every step. Prints a table; --json FILE keeps it.
 
-kernel_ms: GPU time of a step. wall_ms, least_ms: ``step()`` from an idle GPU until it is idle again, the median
-and the least of --steps; a busy host adds to the median, hardly to the least.
+kernel_ms: GPU time of a step. wall_ms, least_ms: ``step()`` from an idle GPU until it is idle again, the
+median and the least of --steps; a busy host adds to the median, hardly to the least.
 """
 
 from __future__ import annotations
