@@ -161,7 +161,7 @@ if sys.argv[2] == "raise":
 """
 
 
-@pytest.mark.parametrize("how", ["end", "raise"])
+@pytest.mark.parametrize("how", [pytest.param("end", marks=pytest.mark.slow), "raise"])
 def test_an_interpreter_that_exits_finishes_the_save(how: str, tmp_path: Path) -> None:
     root = Path(tests.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path), how], cwd=root, timeout=60)

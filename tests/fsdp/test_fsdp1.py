@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -77,10 +78,11 @@ STRATEGIES = ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"]
 CASES = [(2, s) for s in STRATEGIES] + [(3, "FULL_SHARD"), (4, "FULL_SHARD"), (4, "HYBRID_SHARD")]
 
 
-@pytest.mark.parametrize("orig", [True, False])
-@pytest.mark.parametrize("kind, case", covering(["rank1", "block", "sgd"], CASES), ids=str)
-def test_states_are_those_of_one_process(kind: str, orig: bool, case: tuple[int, str]) -> None:
-    world, strategy = case
+@pytest.mark.parametrize(
+    "how, case", covering(product(["rank1", "block", "sgd"], [True, False]), CASES), ids=str
+)
+def test_states_are_those_of_one_process(how: tuple[str, bool], case: tuple[int, str]) -> None:
+    (kind, orig), (world, strategy) = how, case
     assert set(pool(world).run(digest_of, kind, orig, strategy, {})) == {single(kind)}
 
 

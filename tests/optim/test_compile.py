@@ -87,16 +87,17 @@ def step_alone(training: Training) -> Callable[[torch.Tensor], Any]:
     return step
 
 
-QUICK = {("eager", "adamw", whole_loop), ("aot_eager", "adamw", whole_loop), ("eager", "sgd", closure)}
+QUICK = {
+    ("eager", "adamw", True, whole_loop),
+    ("aot_eager", "adamw", False, whole_loop),
+    ("eager", "sgd", False, closure),
+}
 CASES = list(product(("eager", "aot_eager"), MAKERS, (False, True), (whole_loop, closure, step_alone)))
 
 
 @pytest.mark.parametrize(
     ("backend", "kind", "capturable", "loop"),
-    [
-        pytest.param(*case, marks=[] if (case[0], case[1], case[3]) in QUICK else [pytest.mark.slow])
-        for case in CASES
-    ],
+    [pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in CASES],
     ids=["-".join([b, k, "capturable" if c else "plain", f.__name__]) for b, k, c, f in CASES],
 )
 def test_compiled_loops(backend: str, kind: str, capturable: bool, loop: Any) -> None:
