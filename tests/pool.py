@@ -62,8 +62,9 @@ class Pool:
     stderr: gloo aborts now and then (once in some thousand calls). What dies again is an error.
     """
 
-    def __init__(self, world: int) -> None:
-        self.world = world
+    def __init__(self, world: int, setup: Callable[[], None] | None = None) -> None:
+        """setup: what every rank calls first, also when the pool has to start again."""
+        self.world, self.setup = world, setup
         self.logs = tempfile.TemporaryDirectory(prefix=f"pool-{world}-")
         self._start()
 
@@ -78,6 +79,8 @@ class Pool:
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
+        if self.setup is not None:
+            self._results(self.outcomes(self.setup))
 
     def _log(self, rank: int) -> str:
         return os.path.join(self.logs.name, f"rank-{rank}.txt")
@@ -114,6 +117,9 @@ class Pool:
             warnings.warn(str(death), stacklevel=2)
             self._start()
             outcomes = self.outcomes(function, *args)
+        return self._results(outcomes)
+
+    def _results(self, outcomes: list[Any]) -> list[Any]:
         for rank, outcome in enumerate(outcomes):
             if outcome[0] == "error":
                 raise AssertionError(f"rank {rank}:\n{outcome[2]}") from outcome[1]
@@ -124,15 +130,15 @@ class Pool:
             process.kill()
 
 
-_POOLS: dict[int, Pool] = {}
+_POOLS: dict[tuple[int, Callable[[], None] | None], Pool] = {}
 
 
-def pool(world: int) -> Pool:
-    """The pool of a world size; restarted if a test broke it."""
-    known = _POOLS.get(world)
+def pool(world: int, setup: Callable[[], None] | None = None) -> Pool:
+    """The pool of a world size and set-up; restarted if a test broke it."""
+    known = _POOLS.get((world, setup))
     if known is None or not all(p.is_alive() for p in known.processes):
-        _POOLS[world] = Pool(world)
-    return _POOLS[world]
+        _POOLS[world, setup] = Pool(world, setup)
+    return _POOLS[world, setup]
 
 
 @atexit.register

@@ -23,12 +23,21 @@ def dies(how: str, marker: str) -> int:
     return dist.get_rank()
 
 
+def set_up() -> None:
+    os.environ["SET_UP"] = "1"
+
+
+def is_set_up() -> bool:
+    return "SET_UP" in os.environ
+
+
 def test_a_rank_that_dies(tmp_path: Path) -> None:
-    pool = Pool(2)
+    pool = Pool(2, set_up)
     try:
         with pytest.warns(UserWarning, match="exit code -6") as caught:
             assert pool.run(dies, "once", str(tmp_path / "a")) == [0, 1]
         assert "last words" in str(caught[0].message)
+        assert pool.run(is_set_up) == [True, True]  # also after the new start
         with pytest.raises(RankDied, match="rank 1 died in dies with exit code 3"):
             pool.run(dies, "exit", str(tmp_path / "b"))
     finally:

@@ -227,13 +227,8 @@ def main(argv: list[str] | None = None) -> int:
             print(table(list(csv.DictReader(file))))
         return 0
     rows = [r for arm in want.arms.split(";") for r in study(arm, want.seed, want.every, toy=want.toy)]
-    want.out.parent.mkdir(parents=True, exist_ok=True)
-    with want.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(
-            {k: f"{v:.5f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
-        )
+    shown = ({k: f"{v:.5f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    store.write(want.out, COLUMNS, shown)
     print(table(rows))
     return 0
 

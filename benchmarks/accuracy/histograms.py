@@ -11,7 +11,6 @@ by how much updates would grow; the largest such quotient of one element ("worst
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 from typing import Any
@@ -97,11 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     want = parser.parse_args(argv)
     moments = trained(want.seed, toy=want.toy)
     rows = rows_of(moments)
-    want.out.parent.mkdir(parents=True, exist_ok=True)
-    with want.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    store.write(want.out, COLUMNS, rows)
     print("| layer | second moment | zeros | step | worst |\n|---|---|---:|---:|---:|")
     for row in rows:
         print(

@@ -46,20 +46,24 @@ def values(runs: dict[int, Row], metric: Metric) -> dict[int, float]:
     return {s: float(r[metric.column]) for s, r in runs.items() if r["diverged"] == "0" and r[metric.column]}
 
 
+def diverged(runs: dict[int, Row]) -> int:
+    return sum(row["diverged"] == "1" for row in runs.values())
+
+
 def line(arm: str, runs: Runs, metric: Metric) -> list[str]:
     """An arm's cells of the table."""
     own, base = values(runs[arm], metric), values(runs.get(BASELINE, {}), metric)
     count, digits = len(runs[arm]), metric.digits
-    diverged = sum(r["diverged"] == "1" for r in runs[arm].values())
+    failed = diverged(runs[arm])
     mean = f"{statistics.fmean(own.values()):.{digits}f}" if own else "-"
     if len(own) > 1:
         mean += f" ± {statistics.stdev(own.values()):.{digits}f}"
-    cells = [arm, f"{diverged} of {count}", mean]
+    cells = [arm, f"{failed} of {count}", mean]
     both = sorted(set(own) & set(base))
     if arm == BASELINE or len(both) < 2:
         return [*cells, "", "", "", ""]
     found = compare([own[s] for s in both], [base[s] for s in both], metric.delta)
-    verdict = found.verdict if not diverged else "diverges"
+    verdict = found.verdict if not failed else "diverges"
     return [
         *cells,
         f"{found.mean:+.{digits}f} ({found.pairs})",
@@ -91,15 +95,21 @@ def together(sets: Sequence[Runs], metric: Metric) -> str:
         ["arm", "diverged", "spoilt", f"{metric.unit} of the others minus {BASELINE}, median"],
         ["---"] * 4,
     ]
-    for arm in (arm for arm in sets[0] if arm != BASELINE):
-        count = sum(len(runs.get(arm, ())) for runs in sets)
-        pairs = [(values(runs.get(arm, {}), metric), values(runs[BASELINE], metric)) for runs in sets]
+    for arm in sets[0]:
+        if arm == BASELINE:
+            continue
+        every = [runs.get(arm, {}) for runs in sets]
+        failed, count = sum(map(diverged, every)), sum(map(len, every))
+        pairs = [
+            (values(own, metric), values(runs[BASELINE], metric))
+            for own, runs in zip(every, sets, strict=True)
+        ]
         found = [own[s] - base[s] for own, base in pairs for s in sorted(set(own) & set(base))]
-        diverged = count - sum(len(own) for own, _ in pairs)
         others = [d for d in found if d <= SPOILT]
         median = f"{statistics.median(others):+.{metric.digits}f}" if others else "-"
-        cells = [arm, f"{diverged} of {count}", str(len(found) - len(others)), f"{median} ({len(others)})"]
-        lines.append(cells)
+        lines.append(
+            [arm, f"{failed} of {count}", str(len(found) - len(others)), f"{median} ({len(others)})"]
+        )
     return markdown(lines)
 
 

@@ -98,12 +98,8 @@ def mesh_of(*sizes: int) -> DeviceMesh:
     names = tuple(f"d{i}" for i in range(len(sizes)))
     if Where.device.type == "cpu":
         return init_device_mesh("cpu", sizes, mesh_dim_names=names)
-    ranks = torch.arange(dist.get_world_size()).view(sizes)  # by itself it would take NCCL: a GPU per rank
-    if len(sizes) == 1:
-        whole = dist.group.WORLD
-        assert whole is not None
-        return DeviceMesh.from_group(whole, Where.device.type, mesh_dim_names=names)
-    groups = []
+    ranks = torch.arange(dist.get_world_size()).view(sizes)
+    groups = []  # of gloo: by itself a mesh of GPUs takes NCCL, which wants one for each rank
     for dim in range(len(sizes)):
         members = ranks.movedim(dim, -1).reshape(-1, sizes[dim]).tolist()
         groups.append(dist.new_subgroups_by_enumeration(members)[0])

@@ -180,8 +180,11 @@ def _initialize(model: Any) -> None:
 LEARNT: list[Any] = [("mixed", "rank1"), ("meta", "rank1")] + [
     pytest.param(how, kind, marks=pytest.mark.slow)
     for how, kind in (
-        *[("plain", kind) for kind in ("rank1", "block", "factored")],
-        *[(how, "rank1") for how in ("mixed reduce", "bf16")],
+        ("plain", "rank1"),
+        ("plain", "block"),
+        ("plain", "factored"),
+        ("mixed reduce", "rank1"),
+        ("bf16", "rank1"),
     )
 ]
 

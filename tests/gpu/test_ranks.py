@@ -3,22 +3,26 @@ trains over NCCL, by every engine, which a process alone goes on with."""
 
 from __future__ import annotations
 
-import atexit
 import os
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from launch import options
+from launch.cluster import Cluster
+from launch.train import run
 from tests.checkpoint import ranks
 from tests.covering import covering
 from tests.deepspeed.engines import HAVE
 from tests.fsdp import models
 from tests.fsdp import test_fsdp1 as fsdp1
 from tests.fsdp.test_invariance_fsdp2 import CUTS, STEPS, check_cut, close, single
-from tests.pool import Pool, free_port
+from tests.launch.running import Wish
+from tests.pool import free_port, pool
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,19 +31,17 @@ pytestmark = [
 CELLS = [(2, "fsdp"), (4, "fsdp"), (2, "experts"), (4, "experts"), (4, "hsdp")]
 
 
-def use_gpu(index: int = 0) -> None:
-    if torch.cuda.is_available():
-        torch.cuda.set_device(index)
-        models.use_device("cuda")
+def use_gpu() -> None:
+    """In a rank of a pool: models on the first GPU; a rank alone talks over NCCL, which takes one a GPU."""
+    torch.cuda.set_device(0)
+    models.use_device("cuda")
+    if dist.get_world_size() == 1:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed asks for them
+        dist.destroy_process_group()
+        dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
 
 
-@cache
-def gpu_pool(world: int) -> Pool:
-    """A pool whose ranks make their models on the first GPU."""
-    made = Pool(world)
-    atexit.register(made.close)
-    made.run(use_gpu)
-    return made
+gpu_pool = partial(pool, setup=use_gpu)
 
 
 # ---- ranks that share a GPU --------------------------------------------------------------------
@@ -90,34 +92,13 @@ def test_other_ranks_go_on(kind: str, before: int, after: int, tmp_path: Path) -
 ENGINES = ["ddp", "fsdp1", "fsdp2", *(["zero1", "zero2"] if HAVE else [])]
 SMALL = ["--context", "64", "--batch", "4", "--warmup", "2"]
 SMALL += ["--layers", "2", "--heads", "2", "--width", "192"]
-BACKEND = "nccl" if torch.cuda.is_available() else "gloo"
 
 
 def train(engine: str, *arguments: str) -> dict[str, Any]:
     """launch.train's results, by one rank on the GPU."""
-    import torch.distributed as dist
-
-    from launch import options
-    from launch.cluster import Cluster
-    from launch.train import run
-    from tests.launch.running import Wish
-
-    if "LOCAL_RANK" not in os.environ:
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed asks for them
-        dist.destroy_process_group()
-        dist.init_process_group(BACKEND, init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
-    where = torch.device("cuda", 0) if BACKEND == "nccl" else torch.device("cpu")
-    place = Cluster(0, 1, where, "none" if engine == "single" else BACKEND)
+    place = Cluster(0, 1, torch.device("cuda", 0), "none" if engine == "single" else "nccl")
     stop: Any = Wish()
     return run(options.parse([*SMALL, *arguments, "--engine", engine]), place, stop)
-
-
-@cache
-def nccl() -> Pool:
-    made = Pool(1)
-    atexit.register(made.close)
-    made.run(use_gpu)
-    return made
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -125,14 +106,14 @@ def nccl() -> Pool:
 def test_engines_over_nccl(engine: str, precision: str, tmp_path: Path) -> None:
     """Train and save; one process restores the same bits and ends alike; and the other way round."""
 
-    def run(engine: str, out: str, *more: str) -> dict[str, Any]:
+    def on_gpu(engine: str, out: str, *more: str) -> dict[str, Any]:
         folder = ["--out", str(tmp_path / out), "--steps", "6", "--save-at", "3", "--precision", precision]
-        return nccl().run(train, engine, *folder, *more)[0]
+        return gpu_pool(1).run(train, engine, *folder, *more)[0]
 
-    first, alone = run(engine, "first"), run("single", "alone")
+    first, alone = on_gpu(engine, "first"), on_gpu("single", "alone")
     assert first["losses"] == pytest.approx(alone["losses"], rel=2e-2)
     assert first["losses"][-1] < first["losses"][0]
     for whole, other, out in ((first, "single", "first"), (alone, engine, "alone")):
-        then = run(other, f"{out}-then", "--resume", str(tmp_path / out / "checkpoints"))
+        then = on_gpu(other, f"{out}-then", "--resume", str(tmp_path / out / "checkpoints"))
         assert then["first_step"] == 3 and then["restored_digest"] == whole["checkpoint"]["digest"]
         assert then["losses"] == pytest.approx(whole["losses"][3:], rel=2e-2)
