@@ -136,7 +136,8 @@ def train(model: nn.Module, optimizer: QuantizedOptimizer, steps: int, first: in
 def full(tensor: Tensor) -> np.ndarray:
     """The whole tensor, as numpy; bf16 as its bits. Collective on DTensors."""
     with torch.no_grad():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        # from the host: in torch 2.11 gloo's functional all-gather of a GPU's tensors ends the process
+        whole = tensor.cpu().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
     whole = whole.contiguous().cpu()
     return (whole.view(torch.int16) if whole.dtype == torch.bfloat16 else whole).numpy().copy()
 
