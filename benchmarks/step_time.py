@@ -152,10 +152,10 @@ def main() -> int:
             continue
         results.append(json.loads(line[7:]))
         print(line, flush=True)
+        if args.json:  # after each case: the next may be cut off
+            with open(args.json, "w") as out:
+                json.dump(results, out, indent=1)
     print_table(results)
-    if args.json:
-        with open(args.json, "w") as out:
-            json.dump(results, out, indent=1)
     return 1 if failed else 0
 
 
