@@ -18,12 +18,13 @@ from shard4bit.optim import loading, validate
 from shard4bit.optim.bound import Bound
 from shard4bit.optim.capture import Counts
 from shard4bit.optim.gathering import check_shown, gathered, ungathered
+from shard4bit.optim.held import Held, check_specs, put, replaced
 from shard4bit.optim.report import Report, report
 from shard4bit.optim.stepping import StepPlan, keep_compiler_out, refuse_first
 from shard4bit.optim.summary import summary
-from shard4bit.placement import Placed, is_dtensor, place, refuse_stale, to_local
+from shard4bit.placement import Placed, is_dtensor, place, refuse_stale
 from shard4bit.spec import Full, MomentSpec, is_quantized, parse_spec
-from shard4bit.state import Moment, parts, state_key
+from shard4bit.state import Moment
 
 
 class QuantizedOptimizer(torch.optim.Optimizer):
@@ -48,6 +49,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         self._bound: dict[Tensor, list[Bound]] = {}
         self._counts = Counts(captured=vars(self).get("_counts", Counts()).captured)
         self._plans: list[StepPlan] = []
+        self._held = Held()
 
     # ---- what a subclass says -------------------------------------------------------------------
 
@@ -109,13 +111,15 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         layout = self.__dict__.get("_layout")  # not there after unpickling
         return [place(param, name)] if layout is None else layout(param, name)
 
+    @torch.inference_mode(False)  # what is made in that mode could not be changed outside of it
     def bind(self, frozen: Set[Tensor] = frozenset()) -> list[Bound]:
         """Make the layouts and states that are missing; collective on sharded parameters.
 
         frozen: parameters to bind although they require no gradient; those with a state always are.
-        Returns what is bound, in the order of the groups. Raises LayoutError, on all ranks, for
-        parameters that cannot be served.
+        Returns what is bound, in the order of the groups. Raises LayoutError, on all ranks, for parameters
+        that cannot be served; ValueError for options or states changed by hand that do not fit.
         """
+        self._follow_state()
         out = []
         params = [p for group in self.param_groups for p in group["params"]]
         known = self.__dict__.get("_layout") is not None  # to an adapter, which sees to that itself
@@ -127,16 +131,27 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             names = group.get("param_names") or [
                 f"param_groups[{index}]['params'][{i}]" for i in range(len(group["params"]))
             ]
+            self._check_group(group)  # which may have been changed since it was added
             for param, name in zip(group["params"], names, strict=True):
                 wanted = param.requires_grad or param in frozen or self.state.get(param)
-                if wanted and param not in self._bound:
+                alone = not (known or is_dtensor(param))  # else other ranks may lack the gradient
+                if (wanted or alone and param.grad is not None) and param not in self._bound:
                     self._bound[param] = [
                         self._bind(param, placed, group) for placed in self._place(param, name)
                     ]
-                out += self._bound.get(param, [])
+                bounds = self._bound.get(param, [])
+                check_specs(bounds, group, self._spec)
+                out += bounds
         if len(self._counts.vector) != sum(map(len, self._bound.values())):
             self._gather_steps()
+        self._held.take(self.state)
         return out
+
+    def _follow_state(self) -> None:
+        """Forget what users took out of ``self.state``, or put other tensors in the place of."""
+        for param in [p for p, bounds in self._bound.items() if replaced(bounds, self.state.get(p))]:
+            del self._bound[param]
+            self._counts.vector, self._plans = torch.zeros(0), []  # made anew, with what takes its place
 
     def _drop_replaced(self, params: list[Tensor]) -> None:
         """Forget what left the groups before any step: accelerate has read a state_dict by then (FSDP2)."""
@@ -171,17 +186,10 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         specs = [m.spec for m in moments]
         links = tuple(make_link(g, n, slab, specs) for g, n in placed.neighbours)
         state = self.state[param]
-        step_key = placed.prefix + "step"
-        step = state.setdefault(step_key, torch.zeros((), dtype=torch.float32))
-        for moment in moments:
-            for part in parts(moment.spec):
-                key = placed.prefix + state_key(moment.name, part.suffix)
-                if key in state:  # after unpickling or deepcopy
-                    moment.tensors[part.suffix] = to_local(state[key])
-                else:
-                    state[key] = placed.wrap(moment.tensors[part.suffix], part)
+        step = state.setdefault(placed.prefix + "step", torch.zeros((), dtype=torch.float32))
+        entries = put(moments, state, placed)
         work = Work(slab, moments, placed.data(), None, {}, links=links)
-        return Bound(param, placed, rule, moments, links, step, -1, work)
+        return Bound(param, placed, rule, moments, links, step, -1, work, entries)
 
     # ---- step -----------------------------------------------------------------------------------
 
@@ -207,7 +215,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     def _plan(self) -> StepPlan:
         """The plan of the parameters now in the groups (ZeRO steps one group at a time)."""
-        for plan in self._plans:
+        for plan in self._plans if self._held.stands(self.state) else ():
             if plan.serves(self.param_groups):
                 return plan
         refuse_first(self.param_groups)

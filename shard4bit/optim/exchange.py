@@ -213,7 +213,7 @@ def _exported(param: Tensor, bounds: list[Bound]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     names = list(bounds[0].rule.moments)
     if "exp_avg" in names:
-        out["step"] = torch.tensor(steps)
+        out["step"] = torch.tensor(steps, dtype=torch.float32)
     elif not names or steps == 0:  # torch's SGD has no buffer yet
         return {"momentum_buffer": None}
     for index, name in enumerate(names):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from shard4bit.errors import StateError
 from shard4bit.placement import is_dtensor, to_local
+
+if TYPE_CHECKING:
+    from shard4bit.optim.base import QuantizedOptimizer
 
 SPEC_OPTIONS = ("quantize", "first_moment", "second_moment", "momentum_buffer")
 OWN_OPTIONS = (*SPEC_OPTIONS, "compensate", "rounding")  # that torch's optimizers do not have
@@ -25,7 +28,7 @@ def shallow_copy(state_dict: Any) -> dict[str, Any]:
     return dict(state_dict)
 
 
-def checked_groups(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
+def checked_groups(optimizer: QuantizedOptimizer, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The saved groups, if they fit the optimizer's; StateError otherwise."""
     states, groups = state_dict.get("state"), state_dict.get("param_groups")
     if not (
@@ -53,6 +56,10 @@ def checked_groups(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, An
                     f"optimizer {ours[option]!r}; build it with the same option"
                     + ("" if option in theirs else " (is this the state of another optimizer?)")
                 )
+        try:
+            optimizer._check_group({**ours, **theirs, "params": ours["params"]})
+        except ValueError as error:
+            raise StateError(f"parameter group {index} of the state: {error}") from None
     return saved
 
 
@@ -60,7 +67,11 @@ def matched(
     own: Mapping[str, Tensor], saved: Mapping[str, Any] | None, what: str
 ) -> list[tuple[Tensor, Tensor]]:
     """(local target, local source) of every tensor of one parameter's state; StateError if they differ."""
-    saved = saved or {}
+    if not saved:
+        raise StateError(
+            f"{what} has no state in the saved one, as if it had been frozen then: load first, then unfreeze "
+            "it (its state starts at zero)"
+        )
     missing, extra = sorted(set(own) - set(saved)), sorted(set(saved) - set(own))
     if missing or extra:
         raise StateError(
@@ -79,6 +90,8 @@ def matched(
                 f"{what}: {key} is {source.dtype} {tuple(source.shape)} in the saved state, expected "
                 f"{target.dtype} {tuple(target.shape)}"
             )
+        if key.endswith("step") and not (0 <= float(source) < float("inf") and float(source) % 1 == 0):
+            raise StateError(f"{what}: {key} is {float(source)} in the saved state, expected a count")
         out.append((to_local(target), _localized(source, target)))
     return out
 

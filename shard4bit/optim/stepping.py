@@ -19,8 +19,14 @@ from shard4bit.optim import capture
 from shard4bit.optim.alike import Likeness
 from shard4bit.optim.bound import Bound
 from shard4bit.optim.capture import Counts
+from shard4bit.optim.loading import SPEC_OPTIONS
 
-_GRAD, _REQUIRES_GRAD = attrgetter("grad"), attrgetter("requires_grad")
+_GRAD = attrgetter("grad")
+
+
+def _specs(group: Mapping[str, Any]) -> list[Any]:
+    """What a group says about how states are stored."""
+    return [group.get(option) for option in SPEC_OPTIONS]
 
 
 def capturing(device: torch.device) -> bool:
@@ -77,6 +83,7 @@ class StepPlan:
         others: Sequence[StepPlan] = (),
     ) -> None:
         self.groups, self.params = list(groups), [list(g["params"]) for g in groups]
+        self.asked = list(map(_specs, groups))
         self.unbound = [p for params in self.params for p in params if p not in bound]  # frozen ones
         self.members = members = [
             (b, b.placed.overriding(g)) for g in groups for p in g["params"] for b in bound.get(p, ())
@@ -107,16 +114,18 @@ class StepPlan:
         self.reduction = Reduction([])
 
     def serves(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether these are its groups and their parameters, and none that it lacks requires a gradient by
-        now. (Whether one that it has does so still is no matter: it steps if it has a gradient.)"""
+        """Whether these are its groups, of the same specs, and their parameters, and none that it lacks
+        requires a gradient or has one by now. (Whether one that it has requires one still is no matter: it
+        steps if it has a gradient.)"""
         return (
             len(groups) == len(self.groups)
             and all(map(is_, groups, self.groups))
+            and list(map(_specs, groups)) == self.asked
             and all(
                 len(group["params"]) == len(params) and all(map(is_, group["params"], params))
                 for group, params in zip(groups, self.params, strict=True)
             )
-            and not any(map(_REQUIRES_GRAD, self.unbound))
+            and not any(p.requires_grad or p.grad is not None for p in self.unbound)
         )
 
     def run(self) -> None:
@@ -186,7 +195,7 @@ class StepPlan:
         """Check every parameter and gradient, and sort them anew if need be. Returns the first error."""
         for bound, grad in zip(self.bounds, grads, strict=True):
             try:
-                if bound.anchor is None or bound.address() != bound.anchor:
+                if not bound.lies:
                     bound.refresh()
                 if grad is not None:
                     bound.take_gradient(grad)

@@ -18,6 +18,8 @@ from shard4bit.spec import Full, QuantSpec, parse_spec
 
 #: options of torch's optimizers that would change what they compute, and that ours do not have
 UNSUPPORTED = ("amsgrad", "differentiable", "foreach", "fused", "decoupled_weight_decay")
+#: what others call options of ours
+ALIASES = {"wd": "weight_decay", "decay": "weight_decay", "learning_rate": "lr", "epsilon": "eps"}
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RATE_DTYPES = (torch.float32, torch.float64)
 
@@ -108,7 +110,7 @@ def no_unknown_keys(group: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     for key in group:
         if key in known or key in let_through or key.startswith(("initial_", "base_", "max_", "min_")):
             continue
-        near = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.6)
+        near = difflib.get_close_matches(ALIASES.get(key, str(key)), list(known), n=1, cutoff=0.6)
         if near:  # other keys may be the user's own notes on a group, which torch allows
             raise ValueError(f"unknown option {key!r} in a parameter group: did you mean {near[0]!r}?")
 

@@ -136,6 +136,6 @@ def test_a_moved_parameter_is_refused_again_and_again() -> None:
     param.data = param.data.clone()
     before = param.detach().clone()
     for seed in (1, 2):
-        with pytest.raises(StateError, match="moved to cpu after its state was made on meta: move the model"):
+        with pytest.raises(StateError, match="is on cpu, its state on meta: move the model"):
             run([param], optimizer, [seed])
         assert torch.equal(param, before)
