@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from shard4bit.checkpoint.pieces import DTYPES, Piece, Rect
 from shard4bit.errors import CheckpointError
 from shard4bit.layout import matrix_view
 
-_MARKS = ("$tensor", "$float", "$tuple", "$items")
+_MARKS = ("$tensor", "$float", "$tuple", "$items", "$counter")
 
 
 def encode(value: Any) -> tuple[Any, list[Tensor]]:
@@ -45,9 +46,11 @@ def _encode(value: Any, where: str, tensors: list[Tensor]) -> Any:
         return [_encode(v, f"{where}[{i}]", tensors) for i, v in enumerate(value)]
     if isinstance(value, Mapping):
         items = [(k, _encode(v, f"{where}[{k!r}]", tensors)) for k, v in value.items()]
-        if all(type(k) is str and not k.startswith("$") for k, _ in items):
+        counts = isinstance(value, Counter)  # MultiStepLR keeps one and calls its ``elements``
+        if not counts and all(type(k) is str and not k.startswith("$") for k, _ in items):
             return dict(items)
-        return {"$items": [[_encode(k, f"a key of {where}", tensors), v] for k, v in items]}
+        mark = "$counter" if counts else "$items"
+        return {mark: [[_encode(k, f"a key of {where}", tensors), v] for k, v in items]}
     raise CheckpointError(
         f"extra must be JSON or tensors: {where} is a {type(value).__name__}; convert it, for example to a "
         "list or by torch.as_tensor"
@@ -92,6 +95,8 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
             return tuple(decode(v, tensors) for v in inner)
         if mark == "$items":
             return {decode(k, tensors): decode(v, tensors) for k, v in inner}
+        if mark == "$counter":
+            return Counter({decode(k, tensors): decode(v, tensors) for k, v in inner})
         number, shape = inner
         return tensors[f"extra/{number}"].reshape(shape)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

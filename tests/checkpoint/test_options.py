@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -277,7 +278,7 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(b, float) and math.isnan(b):
         return math.isnan(a)
     if isinstance(b, dict):
-        return type(a) is dict and set(a) == set(b) and all(same(a[k], b[k]) for k in b)
+        return type(a) is type(b) and set(a) == set(b) and all(same(a[k], b[k]) for k in b)
     if isinstance(b, list | tuple):
         return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
     return type(a) is type(b) and a == b
@@ -289,6 +290,7 @@ EXTRAS: list[Any] = [
     [math.inf, -math.inf, math.nan, -0.0, (1, (2,)), ()],
     {3: 1, (1, 2): "x", None: [{5.5: 1}]},
     {"$tensor": 1},
+    {"milestones": Counter({4: 1, 2: 3}), "words": Counter("abba"), "none": Counter(), "$counter": [[1, 2]]},
     {"$tensor": [0, []], "other": 1},
     {"a": torch.arange(24.0).view(2, 3, 4).bfloat16(), "b": [torch.tensor(7), torch.zeros(0, 3)]},
     [torch.tensor([True, False]), torch.arange(6).view(2, 3).t(), {"x": torch.tensor([], dtype=torch.int8)}],
@@ -326,6 +328,14 @@ SCHEDULERS: dict[str, Any] = {
         o,
         [torch.optim.lr_scheduler.LinearLR(o, total_iters=3), torch.optim.lr_scheduler.ExponentialLR(o, 0.9)],
         [3],
+    ),
+    "multistep in a sequence": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o,
+        [
+            torch.optim.lr_scheduler.LinearLR(o, total_iters=2),
+            torch.optim.lr_scheduler.MultiStepLR(o, [2, 4]),
+        ],
+        [2],
     ),
 }
 
