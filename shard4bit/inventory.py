@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import math
+import numbers
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,11 +24,27 @@ Options = dict[str, Any]
 _FULL = Part("", "full", torch.float32)
 
 
-def checked_json(extra: Any) -> Any:
-    try:
-        return json.loads(json.dumps(extra, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"extra must be JSON: {error}") from None
+def _storable(value: Any, where: str) -> Any:
+    """An option as JSON: numbers of any sort and tensors of one element as plain numbers."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, str):
+        return str.__str__(value)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real) and math.isfinite(value):
+        return float(value)
+    if isinstance(value, list | tuple):
+        return [_storable(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {str.__str__(k): _storable(v, f"{where}[{k!r}]") for k, v in value.items()}
+    raise CheckpointError(
+        f"a checkpoint cannot hold the option {where}={str(value)[:100]} of type {type(value).__name__}: "
+        "expected finite numbers, strings, None, and lists or maps by strings of these; convert it, or keep it "
+        "outside of the optimizer's param_groups"
+    )
 
 
 def _source(model: Any, optimizer: QuantizedOptimizer | None) -> tuple[Source, QuantizedOptimizer | None]:
@@ -152,13 +169,14 @@ class Inventory:
     def groups(self) -> list[dict[str, Any]]:
         """Parameter names and options of the optimizer's groups, as JSON."""
         out = []
+        places = {id(g): i for i, g in enumerate(self.optimizer.param_groups if self.optimizer else [])}
         for group, own, names in self._groups():
             options = {
-                key: float(value) if isinstance(value, Tensor) else value
+                key: _storable(value, f"param_groups[{places[id(group)]}][{key!r}]")
                 for key, value in {**group, **own}.items()
                 if key not in ("params", "param_names", *RUN_OPTIONS)
             }
-            out.append({"parameters": names, "options": checked_json(options)})
+            out.append({"parameters": names, "options": options})
         return out
 
     def _paired(self, saved: list[dict[str, Any]]) -> list[tuple[Options, Options, Options]]:

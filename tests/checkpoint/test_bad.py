@@ -451,6 +451,8 @@ def save_with(root: str, what: str) -> str:
         model.register_buffer("freqs", torch.zeros(3, dtype=torch.complex64))
     elif what == "options":
         optimizer.param_groups[0]["note"] = {1, 2}
+    elif what == "an infinite option":
+        optimizer.add_param_group({"params": [], "note": {"rates": [1.0, float("inf")]}})
     for call in (
         lambda: shard4bit.save(root, model, optimizer, **arguments),
         lambda: shard4bit.load(root, model, optimizer),
@@ -476,7 +478,8 @@ ARGUMENTS = {
     "stale": "build it after fully_shard",
     "nothing": "nothing to save",
     "complex": "freqs",
-    "options": "JSON",
+    "options": "cannot hold the option param_groups[0]['note']={1, 2} of type set",
+    "an infinite option": "param_groups[1]['note']['rates'][1]=inf of type float: expected finite numbers",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,23 @@ def test_hyperparameters_are_restored_or_kept(tmp_path: Path) -> None:
     assert [g["weight_decay"] for g in kept.param_groups] == [0.9, 0.0]
     assert shard4bit.digest(other, kept) == shard4bit.digest(fresh, again)
     assert shard4bit.digest(fresh, again) == shard4bit.digest(model, optimizer)
+
+
+def test_options_of_every_sort_that_optimizers_take(tmp_path: Path) -> None:
+    model = Zoo({"b": (5,)})
+    optimizer = optimizer_of("rank1", model.parameters(), lr=np.float32(0.25))
+    group = optimizer.param_groups[0]
+    group |= {"betas": (torch.tensor(0.5), np.float64(0.75)), "weight_decay": Fraction(1, 8)}
+    group |= {"note": {"layer": np.int64(3), "scales": (torch.tensor([2]), None, True, "x")}}
+    path = shard4bit.save(tmp_path, model, optimizer, step=1)
+    options = manifest_of(path)["groups"][0]["options"]
+    assert (options["lr"], options["betas"], options["weight_decay"]) == (0.25, [0.5, 0.75], 0.125)
+    assert options["note"] == {"layer": 3, "scales": [2, None, True, "x"]}
+    fresh = Zoo({"b": (5,)})
+    again = optimizer_of("rank1", fresh.parameters(), lr=1.0)
+    shard4bit.load(tmp_path, fresh, again)
+    found = again.param_groups[0]
+    assert (found["lr"], found["betas"], found["weight_decay"]) == (0.25, (0.5, 0.75), 0.125)
 
 
 def test_without_parameters_or_frozen_ones(tmp_path: Path) -> None:
