@@ -216,6 +216,8 @@ def _compare(manifest: Manifest, inventory: Inventory, pieces: list[Piece], stri
     theirs = {key for key in manifest.tensors if not key.startswith(("extra/", "rng/"))}
     if inventory.optimizer is None:  # the model alone
         theirs = {key for key in theirs if not key.startswith("state/")}
+    # FSDP1's first checkpoints have a shared buffer under each of its names
+    theirs -= {f"model/{name}" for name in inventory.aliases}
     missing, extra = sorted(ours - theirs), sorted(theirs - ours)
     if strict and (missing or extra):
         raise CheckpointError(

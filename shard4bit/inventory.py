@@ -42,8 +42,8 @@ def _storable(value: Any, where: str) -> Any:
         return {str.__str__(k): _storable(v, f"{where}[{k!r}]") for k, v in value.items()}
     raise CheckpointError(
         f"a checkpoint cannot hold the option {where}={str(value)[:100]} of type {type(value).__name__}: "
-        "expected finite numbers, strings, None, and lists or maps by strings of these; convert it, or keep it "
-        "outside of the optimizer's param_groups"
+        "expected finite numbers, strings, None, and lists or maps by strings of these; convert it, or keep "
+        "it outside of the optimizer's param_groups"
     )
 
 
@@ -96,14 +96,16 @@ class Inventory:
             self.bound[name] = bound
             self.names.setdefault(bound.param, []).append(name)
         self.tensors: dict[str, Placed] = {}
+        self.aliases: set[str] = set()  # further names of buffers that are in ``tensors``
         if parameters:
             for item in items:
                 if frozen or item.trainable:
                     bound_to = self.bound.get(item.name)
                     self.tensors[item.name] = item.placed if bound_to is None else bound_to.placed
         if parameters and frozen:
-            for name, buffer in self.source.buffers():
+            for buffer, (name, *others) in self.source.buffers().items():
                 self.tensors[name] = place(buffer, name)
+                self.aliases |= set(others)
         self._copies: list[tuple[Tensor, Tensor]] = []  # live tensors that are not dense, dense copies
 
     def pieces(self, *, whole_units: bool) -> Iterator[Piece]:

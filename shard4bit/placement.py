@@ -88,11 +88,19 @@ class Source:
             for name, param in self.model.named_parameters()
         ]
 
-    def buffers(self) -> list[tuple[str, Tensor]]:
-        """Those that belong into a checkpoint."""
-        persistent = set(map(plain_name, self.model.state_dict(keep_vars=True)))
-        named = [(plain_name(name), buffer) for name, buffer in self.model.named_buffers()]
-        return [(name, buffer) for name, buffer in named if name in persistent]
+    def buffers(self) -> dict[Tensor, list[str]]:
+        """Those that belong into a checkpoint. One that is registered several times counts under the first
+        name by which it is persistent; then its others follow."""
+        out: dict[Tensor, list[str]] = {}
+        for name, buffer in self.persistent():
+            out.setdefault(buffer, []).append(plain_name(name))
+        return out
+
+    def persistent(self) -> list[tuple[str, Tensor]]:
+        """Every persistent buffer by each of its full names."""
+        known = set(map(plain_name, self.model.state_dict(keep_vars=True)))
+        named = self.model.named_buffers(remove_duplicate=False)
+        return [(name, buffer) for name, buffer in named if plain_name(name) in known]
 
     def loaded(self) -> None:
         """Called on all ranks after a checkpoint has been read into the parameters."""

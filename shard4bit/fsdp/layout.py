@@ -43,13 +43,13 @@ class FlatSource(Source):
     def parameters(self) -> list[Item]:
         return self.items
 
-    def buffers(self) -> list[tuple[str, Tensor]]:
+    def persistent(self) -> list[tuple[str, Tensor]]:
         # (model.state_dict() would gather every parameter)
         out = []
-        for prefix, module in self.model.named_modules():
-            for name, buffer in module.named_buffers(prefix, recurse=False):
+        for prefix, module in self.model.named_modules(remove_duplicate=False):
+            for name, buffer in module.named_buffers(prefix, recurse=False, remove_duplicate=False):
                 if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
-                    out.append((plain_name(name), buffer))
+                    out.append((name, buffer))
         return out
 
     def loaded(self) -> None:

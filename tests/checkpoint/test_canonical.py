@@ -24,7 +24,7 @@ from tests.checkpoint import ranks
 from tests.checkpoint.ranks import STEPS, Found
 from tests.covering import covering
 from tests.fsdp import models
-from tests.fsdp.models import SHAPES, Arrays, Toy, Zoo, canonical, optimizer_of, same
+from tests.fsdp.models import SHAPES, Arrays, Shared, Toy, Zoo, canonical, optimizer_of, same
 from tests.fsdp.test_invariance_fsdp2 import close
 from tests.pool import pool
 
@@ -415,6 +415,15 @@ def test_wrapped_and_plain_models_share_checkpoints(tmp_path: Path) -> None:
         for ours, theirs in zip(fresh.parameters(), model.parameters(), strict=True):
             assert torch.equal(ours, theirs)
         assert torch.equal(mean_of(fresh), mean_of(model))
+
+
+def test_a_buffer_that_is_registered_several_times(tmp_path: Path) -> None:
+    path = shard4bit.save(tmp_path, Shared(1), step=1)
+    tensors = manifest_of(path)["tensors"]
+    assert [name for name in tensors if "cache" in name or "scale" in name] == ["model/second.scale"]
+    fresh: Any = Shared(2)
+    assert shard4bit.load(path, fresh).skipped == []
+    assert fresh.first.cache.tolist() == [1, 1, 1]
 
 
 # ---- continuing --------------------------------------------------------------------------------

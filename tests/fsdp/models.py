@@ -161,6 +161,18 @@ def forced_run(kind: str, layout: str, steps: int, dtype: str = "float32") -> Ar
     return canonical(model, optimizer)
 
 
+class Shared(nn.Module):
+    """One tensor that the first module keeps to itself and two others save."""
+
+    def __init__(self, fill: int) -> None:
+        super().__init__()
+        buffer = torch.full((3,), fill)
+        self.first, self.second, self.third = (nn.Linear(70, 80) for _ in range(3))
+        self.first.register_buffer("cache", buffer, persistent=False)
+        self.second.register_buffer("scale", buffer)
+        self.third.register_buffer("scale", buffer)
+
+
 class Toy(nn.Module):
     """A small network with real gradients, a frozen layer and a buffer."""
 

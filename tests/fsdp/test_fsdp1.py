@@ -18,12 +18,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 import shard4bit
+from shard4bit.checkpoint.manifest import read_manifest
 from shard4bit.fsdp.wrap import chosen
 from tests import oracle
 from tests.covering import covering
 from tests.fsdp import flat, models
 from tests.fsdp.flat import Nest, Part, flattened, wrapped
-from tests.fsdp.models import SHAPES
+from tests.fsdp.models import SHAPES, Shared
 from tests.fsdp.recorder import Recorder, all_reduces
 from tests.pool import pool
 
@@ -235,6 +236,30 @@ def test_a_frozen_block(orig: bool, tmp_path: Path) -> None:
 
 
 # ---- training as it is done -----------------------------------------------------------------------
+
+
+def shared_buffers(root: str, orig: bool) -> tuple[list[str], str, str]:
+    """Checkpoints of FSDP1 and of a plain model read by the other, and one with a buffer under each of its
+    names, as FSDP1's once were; names of the buffers, what was skipped, and the buffers' values."""
+    plain: Any = Shared(1)
+    flat = flattened(Shared(2), orig)
+    first = shard4bit.save(root, flat, step=1)
+    skipped = shard4bit.load(first, plain).skipped
+    names = sorted(k for k in read_manifest(first).tensors if k.endswith(("scale", "cache")))
+    values = [plain.third.scale.tolist()]
+    skipped += shard4bit.load(shard4bit.save(root, Shared(3), step=2), flat).skipped
+    values.append(flat.third.scale.tolist())
+    apart: Any = Shared(4)
+    apart.third.scale = apart.third.scale.clone()
+    skipped += shard4bit.load(shard4bit.save(root, apart, step=3), flat).skipped
+    return names, str(skipped), str([*values, flat.third.scale.tolist()])
+
+
+@pytest.mark.parametrize("orig", [True, False])
+def test_shared_buffers_have_the_names_of_other_engines(orig: bool, tmp_path: Path) -> None:
+    for names, skipped, values in pool(2).run(shared_buffers, str(tmp_path), orig):
+        assert names == ["model/second.scale"] and skipped == "[]"
+        assert values == str([[n] * 3 for n in (2, 3, 4)])
 
 
 class Net(torch.nn.Module):
