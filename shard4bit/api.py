@@ -218,6 +218,11 @@ def _compare(manifest: Manifest, inventory: Inventory, pieces: list[Piece], stri
         theirs = {key for key in theirs if not key.startswith("state/")}
     # FSDP1's first checkpoints have a shared buffer under each of its names
     theirs -= {f"model/{name}" for name in inventory.aliases}
+    if inventory.optimizer is None and not manifest.content["parameters"]:
+        raise CheckpointError(
+            "the checkpoint has an optimizer's state alone (parameters=False), and load got no optimizer: "
+            "there is nothing to load; give it the optimizer, or take a checkpoint with parameters"
+        )
     missing, extra = sorted(ours - theirs), sorted(theirs - ours)
     if strict and (missing or extra):
         raise CheckpointError(

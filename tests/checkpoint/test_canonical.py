@@ -286,6 +286,10 @@ def test_without_parameters_or_frozen_ones(tmp_path: Path) -> None:
     states = {k: v for k, v in whole.items() if k.startswith("state/")}
     same({k: v for k, v in found.items() if k.startswith("state/")}, states)
 
+    for strict in (True, False):
+        with pytest.raises(CheckpointError, match="nothing to load; give it the optimizer"):
+            shard4bit.load(tmp_path / "states", Toy(1), strict=strict)
+
     shard4bit.save(tmp_path / "trained", model, optimizer, step=3, frozen=False)
     found = loaded_from("trained")
     still = [k for k in untouched if "frozen" in k or k in ("model/seen", "model/scratch")]
