@@ -11,7 +11,7 @@ import torch
 
 from shard4bit.checkpoint.pieces import Piece
 from shard4bit.checkpoint.plan import agree
-from shard4bit.checkpoint.ranks import at_first, to_first
+from shard4bit.checkpoint.ranks import at_first, to_first, together
 
 _CHUNK = 1 << 20  # elements hashed at a time
 _ODD = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -47,11 +47,15 @@ def piece_sum(piece: Piece) -> int:
 def digest(pieces: Sequence[Piece], facts: Sequence[str]) -> str:
     """Hex digest (128 bits) of all ranks' tensors and of ``facts`` (equal on all ranks). Collective."""
     mine, plan = agree("planning the digest", pieces)
-    sums: dict[str, int] = {}
-    for piece in pieces:
-        if (piece.key, piece.rect) in mine:
-            sums[piece.key] = sums.get(piece.key, 0) + piece_sum(piece)
-    said = to_first(sums)
+
+    def hashed() -> dict[str, int]:
+        sums: dict[str, int] = {}
+        for piece in pieces:
+            if (piece.key, piece.rect) in mine:
+                sums[piece.key] = sums.get(piece.key, 0) + piece_sum(piece)
+        return sums
+
+    said = to_first(together("hashing for the digest", hashed))
 
     def add() -> str:
         total = dict.fromkeys(plan.tensors, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import shard4bit
+from shard4bit.checkpoint import digest as digests
+from shard4bit.errors import CheckpointError
 from shard4bit.placement import to_local
 from tests.checkpoint.ranks import single_zoo
 from tests.fsdp import models
@@ -127,3 +130,25 @@ def test_shapes_are_told_apart() -> None:
         model.a.data.copy_(values.view(shape))
         digests.add(shard4bit.digest(model))
     assert len(digests) == 4
+
+
+def failing_digest(bad: int) -> tuple[str, bool]:
+    """A digest that fails on one rank; the error, and whether the next one is as before."""
+    model, optimizer = trained("rank1", "fsdp")
+    before, real = shard4bit.digest(model, optimizer), digests.piece_sum
+
+    def fail(piece: Any) -> int:
+        if dist.get_rank() == bad:
+            raise MemoryError("no room")
+        return real(piece)
+
+    with mock.patch.object(digests, "piece_sum", fail), pytest.raises(CheckpointError) as caught:
+        shard4bit.digest(model, optimizer)
+    return str(caught.value), shard4bit.digest(model, optimizer) == before
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_failure_on_one_rank_reaches_all(bad: int) -> None:
+    for text, same in pool(2).run(failing_digest, bad):
+        assert f"rank {bad}" in text and "no room" in text
+        assert same
