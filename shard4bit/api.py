@@ -97,6 +97,7 @@ def save(
         inventory = Inventory(model, optimizer, parameters=parameters, frozen=frozen)
         if not parameters and inventory.optimizer is None:
             raise CheckpointError("parameters=False without an optimizer leaves nothing to save")
+        inventory.check_memory()
         json, tensors = _extra.encode(extra)
         others = _extra.pieces(tensors) if rank == 0 else []
         others += _rng.pieces(rank, world_size) if rng else []
@@ -153,6 +154,7 @@ def load(
             parameters=manifest.content["parameters"],
             frozen=manifest.content["frozen"],
         )
+        inventory.check_memory()
         pieces = list(inventory.pieces(whole_units=True))
         skipped = _compare(manifest, inventory, pieces, strict)
         if with_groups:

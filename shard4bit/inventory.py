@@ -47,6 +47,16 @@ def _storable(value: Any, where: str) -> Any:
     )
 
 
+def _overlaps(data: Tensor) -> bool:
+    """Whether elements share memory (or interleave in a way that no ordinary view does)."""
+    reach = 0
+    for stride, size in sorted((t, n) for t, n in zip(data.stride(), data.shape, strict=True) if n > 1):
+        if stride <= reach:
+            return data.numel() > 0
+        reach += stride * (size - 1)
+    return False
+
+
 def _source(model: Any, optimizer: QuantizedOptimizer | None) -> tuple[Source, QuantizedOptimizer | None]:
     """The model as its engine sees it, and the optimizer."""
     engine = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", None)
@@ -127,6 +137,17 @@ class Inventory:
                     if part.suffix == "codes" and not whole_units:
                         data = completed(data, bound.placed, part.unit)
                     yield from rectangles(key, slab, data, part, whole_units)
+
+    def check_memory(self) -> None:
+        """Raise CheckpointError for tensors that could not be filled from a checkpoint."""
+        for name, placed in self.tensors.items():
+            data = placed.data()
+            if _overlaps(data):
+                raise CheckpointError(
+                    f"{name} of shape {tuple(data.shape)} and strides {data.stride()} has elements that "
+                    "share memory, as expand() makes them, and cannot be loaded: register a clone() of it, or "
+                    "a buffer with persistent=False"
+                )
 
     def _dense(self, data: Tensor) -> Tensor:
         """The tensor itself if it is contiguous, else a copy, which ``adopt`` writes back."""

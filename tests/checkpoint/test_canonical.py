@@ -430,6 +430,39 @@ def test_a_buffer_that_is_registered_several_times(tmp_path: Path) -> None:
     assert fresh.first.cache.tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("view", "overlaps"),
+    [
+        (lambda x: x[:1].expand(8), True),
+        (lambda x: x.unfold(0, 4, 2), True),
+        (lambda x: x[:0].expand(5, 0), False),
+        (lambda x: x[:1].expand(1, 1), False),
+        (lambda x: x.view(6, 4).t()[::3], False),
+        (lambda x: x.view(2, 3, 4).permute(2, 0, 1)[1:3], False),
+    ],
+)
+def test_memory_that_elements_share_is_refused(view: Any, overlaps: bool, tmp_path: Path) -> None:
+    def model(fill: float, buffer: torch.Tensor) -> nn.Module:
+        out = Zoo({"a": (4, 4)})
+        out.register_buffer("cache", buffer)
+        for tensor in (out.a, buffer):
+            tensor.data.fill_(fill)
+        return out
+
+    dense = model(1, view(torch.zeros(24)).clone().contiguous())
+    path = shard4bit.save(tmp_path, dense, step=1)
+    odd = model(2, view(torch.zeros(24)))
+    if not overlaps:
+        assert shard4bit.load(path, odd).skipped == []
+        assert shard4bit.digest(odd) == shard4bit.digest(dense)
+        return
+    before = shard4bit.digest(odd)
+    for call in (lambda: shard4bit.load(path, odd), lambda: shard4bit.save(tmp_path, odd, step=2)):
+        with pytest.raises(CheckpointError, match=r"cache of shape .* share memory.*clone\(\)"):
+            call()
+    assert shard4bit.digest(odd) == before and len(list(tmp_path.iterdir())) == 1
+
+
 # ---- continuing --------------------------------------------------------------------------------
 
 
