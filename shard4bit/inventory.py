@@ -66,8 +66,6 @@ def _source(model: Any, optimizer: QuantizedOptimizer | None) -> tuple[Source, Q
         return zero.of(model)
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
     if "torch.distributed.fsdp" in sys.modules:
         from shard4bit.fsdp.model import source_of
 
@@ -145,8 +143,8 @@ class Inventory:
             if _overlaps(data):
                 raise CheckpointError(
                     f"{name} of shape {tuple(data.shape)} and strides {data.stride()} has elements that "
-                    "share memory, as expand() makes them, and cannot be loaded: register a clone() of it, or "
-                    "a buffer with persistent=False"
+                    "share memory, as expand() makes them, and cannot be loaded: register a clone() of it, "
+                    "or a buffer with persistent=False"
                 )
 
     def _dense(self, data: Tensor) -> Tensor:

@@ -80,11 +80,29 @@ class Source:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
+        # plain names of what DistributedDataParallel modules hold begin so; inner ones first
+        self.replicated = sorted(
+            (
+                plain_name(f"{name}.module." if name else "module.")
+                for name, module in model.named_modules(remove_duplicate=False)
+                if isinstance(module, torch.nn.parallel.DistributedDataParallel)
+            ),
+            key=len,
+            reverse=True,
+        )
+
+    def plain(self, name: str) -> str:
+        """A parameter's or buffer's name without what wrappers put into it."""
+        name = plain_name(name)
+        for start in self.replicated:
+            if name.startswith(start):
+                name = start.removesuffix("module.") + name.removeprefix(start)
+        return name
 
     def parameters(self) -> list[Item]:
         """Every parameter, frozen ones too, a shared one under its first name."""
         return [
-            Item(plain_name(name), param, param.requires_grad)
+            Item(self.plain(name), param, param.requires_grad)
             for name, param in self.model.named_parameters()
         ]
 
@@ -93,21 +111,22 @@ class Source:
         name by which it is persistent; then its others follow."""
         out: dict[Tensor, list[str]] = {}
         for name, buffer in self.persistent():
-            out.setdefault(buffer, []).append(plain_name(name))
+            out.setdefault(buffer, []).append(self.plain(name))
         return out
 
     def persistent(self) -> list[tuple[str, Tensor]]:
         """Every persistent buffer by each of its full names."""
-        known = set(map(plain_name, self.model.state_dict(keep_vars=True)))
+        known = set(map(self.plain, self.model.state_dict(keep_vars=True)))
         named = self.model.named_buffers(remove_duplicate=False)
-        return [(name, buffer) for name, buffer in named if plain_name(name) in known]
+        return [(name, buffer) for name, buffer in named if self.plain(name) in known]
 
     def loaded(self) -> None:
         """Called on all ranks after a checkpoint has been read into the parameters."""
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without the prefixes of wrappers."""
+    """A parameter's name without the prefixes of wrappers that are known by their words. (``module.`` of
+    DistributedDataParallel may be a model's own: ``Source.plain`` looks at the types.)"""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name

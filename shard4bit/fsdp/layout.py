@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from shard4bit.comm import Group, TorchGroup
 from shard4bit.errors import LayoutError
 from shard4bit.layout import Neighbours, Slab
-from shard4bit.placement import Item, Placed, Source, plain_name
+from shard4bit.placement import Item, Placed, Source
 from shard4bit.state import Part
 
 
@@ -34,11 +34,23 @@ class FlatSource(Source):
             handle = module._handle if isinstance(module, FullyShardedDataParallel) else None
             if handle is not None:
                 self.handles.append(handle)
-                self.items += _items(handle, prefix + "." if prefix else "", options or {})
+                self.items += self._items(handle, prefix + "." if prefix else "", options or {})
         for name, param in model.named_parameters():
             if not _is_flattened(param):  # ignored by FSDP
-                name = plain_name(name)
-                self.items.append(Item(name, param, param.requires_grad))
+                self.items.append(Item(self.plain(name), param, param.requires_grad))
+
+    def _items(self, handle: Any, prefix: str, options: Mapping[str, dict[str, Any]]) -> list[Item]:
+        """The original parameters of one flat parameter."""
+        flat = handle.flat_param
+        stops = list(accumulate(flat._numels_with_padding))
+        starts = [a for a, padding in zip([0, *stops], flat._is_padding_mask, strict=False) if not padding]
+        out = []
+        for index, (fqn, start) in enumerate(zip(flat._fqns, starts, strict=True)):
+            name = self.plain(prefix + fqn)
+            place = _Place(handle, index, start, name)
+            tensor = flat if flat._params is None else flat._params[index]
+            out.append(Item(name, tensor, tensor.requires_grad, place.placed(options.get(name, {}))))
+        return out
 
     def parameters(self) -> list[Item]:
         return self.items
@@ -77,20 +89,6 @@ class FlatSource(Source):
 
 def _is_flattened(param: Tensor) -> bool:
     return bool(getattr(param, "_fsdp_flattened", False))
-
-
-def _items(handle: Any, prefix: str, options: Mapping[str, dict[str, Any]]) -> list[Item]:
-    """The original parameters of one flat parameter."""
-    flat = handle.flat_param
-    stops = list(accumulate(flat._numels_with_padding))
-    starts = [a for a, padding in zip([0, *stops], flat._is_padding_mask, strict=False) if not padding]
-    out = []
-    for index, (fqn, start) in enumerate(zip(flat._fqns, starts, strict=True)):
-        name = plain_name(prefix + fqn)
-        place = _Place(handle, index, start, name)
-        tensor = flat if flat._params is None else flat._params[index]
-        out.append(Item(name, tensor, tensor.requires_grad, place.placed(options.get(name, {}))))
-    return out
 
 
 class _Place:

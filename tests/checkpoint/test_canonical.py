@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import shard4bit
 from shard4bit.errors import CheckpointError
@@ -351,6 +352,47 @@ def test_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
 
 
 # ---- models of all sorts -----------------------------------------------------------------------
+
+
+def wrapped_by_ddp(root: str) -> list[tuple[str, list[str], bool]]:
+    """Checkpoints of models with DistributedDataParallel somewhere, read by plain ones and the other way;
+    a module's own name "module" stays."""
+
+    def plain() -> nn.Module:
+        inner = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5))
+        return nn.ModuleDict({"module": inner, "other": nn.Linear(3, 3)})
+
+    def nested() -> nn.Module:
+        out: Any = plain()
+        out["module"] = checkpoint_wrapper(DistributedDataParallel(checkpoint_wrapper(out["module"])))
+        return out
+
+    makers = {
+        "outside": lambda: DistributedDataParallel(plain()),
+        "compiled": lambda: torch.compile(DistributedDataParallel(plain()), backend="eager"),
+        "inside of compiled": lambda: DistributedDataParallel(torch.compile(plain(), backend="eager")),
+        "nested": nested,
+    }
+    out = []
+    for step, (what, make) in enumerate(makers.items()):
+        model, fresh = make(), plain()
+        optimizer = optimizer_of("rank1", model.parameters())
+        again = optimizer_of("rank1", fresh.parameters())
+        mean_of(model).fill_(0.25)
+        path = shard4bit.save(root, model, optimizer, step=2 * step)
+        skipped = shard4bit.load(path, fresh, again).skipped
+        path = shard4bit.save(root, fresh, again, step=2 * step + 1)
+        skipped += shard4bit.load(path, model, optimizer).skipped
+        same_digest = shard4bit.digest(fresh, again) == shard4bit.digest(model, optimizer)
+        out.append((what, skipped, same_digest and bool((mean_of(fresh) == 0.25).all())))
+    return out
+
+
+def test_distributed_data_parallel_leaves_no_name(tmp_path: Path) -> None:
+    for found in pool(2).run(wrapped_by_ddp, str(tmp_path)):
+        assert [(skipped, fine) for _, skipped, fine in found] == [([], True)] * 4, found
+    parameters = manifest_of(tmp_path / "step-0000000000")["parameters"]
+    assert {"module.0.weight", "other.weight"} <= set(parameters)
 
 
 class Zebra(nn.Module):
