@@ -86,7 +86,7 @@ def save(
     load or digest waits for the one in flight. keep_last=N: once this one is published, remove all but
     the newest N of the checkpoints up to this step.
     Raises CheckpointError on every rank if any rank fails (in the background: by ``wait()``, or by the
-    next save); nothing is left that could be taken for a checkpoint.
+    next save) or ranks give other arguments; nothing is left that could be taken for a checkpoint.
     """
     root = Path(root)
     rank, world_size = world()
@@ -118,7 +118,9 @@ def save(
         return inventory, about, others
 
     store.settle()
-    inventory, about, others = together("preparing to save", collect)
+    # other steps would be lost in rank 0's, and a rank that waits for a thread would not meet the others
+    alike = f"{step=}, {asynchronous=}, {parameters=}, {frozen=}, {rng=}"
+    inventory, about, others = together("preparing to save", collect, alike=alike)
     write = store.write_later if asynchronous else store.write
     return write(root, _own_pieces(inventory) + others, about, keep_last=keep_last)
 

@@ -77,15 +77,21 @@ def from_first(values: Sequence[T]) -> T:
     return out[0]
 
 
-def together(what: str, work: Callable[[], T]) -> T:
+def together(what: str, work: Callable[[], T], *, alike: str = "") -> T:
     """``work()`` on every rank; its own result.
 
     If it raises on any rank, it raises on all: there its own CheckpointError, elsewhere one that repeats
-    it.
+    it. So it does if ranks differ in ``alike``, the arguments that all must give.
     """
     error, result = _caught(work)
-    texts = exchange(None if error is None else f"{type(error).__name__}: {error}")
-    return _settled(what, error, texts, result)
+    said = exchange((None if error is None else f"{type(error).__name__}: {error}", alike))
+    result = _settled(what, error, [text for text, _ in said], result)
+    for rank, (_, theirs) in enumerate(said):
+        if theirs != said[0][1]:
+            raise CheckpointError(
+                f"{what}: rank 0 gave {said[0][1]}, rank {rank} {theirs}; give the same on every rank"
+            )
+    return result
 
 
 def at_first(what: str, work: Callable[[], T]) -> T:

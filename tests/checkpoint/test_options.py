@@ -171,6 +171,39 @@ def test_an_interpreter_that_exits_finishes_the_save(how: str, tmp_path: Path) -
     assert verify(tmp_path / "step-0000000001") == []
 
 
+# ---- ranks that disagree -----------------------------------------------------------------------
+
+DIFFERENT: list[dict[str, Any]] = [
+    {"asynchronous": True},
+    {"step": 2},
+    {"rng": True},
+    {"frozen": False},
+    {"parameters": False},
+]
+
+
+def disagreeing(root: str) -> tuple[list[str], bool]:
+    """The error for each of DIFFERENT, given on the last rank alone, and whether a later save works."""
+    model, optimizer = made(1, "fsdp")
+    texts = []
+    for other in DIFFERENT:
+        given = {"step": 1, **(other if dist.get_rank() == 1 else {})}
+        with pytest.raises(CheckpointError) as caught:
+            shard4bit.save(root, model, optimizer, **given)
+        texts.append(str(caught.value))
+    return texts, shard4bit.save(root, model, optimizer, step=1, asynchronous=True).wait().is_dir()
+
+
+def test_ranks_that_give_other_arguments(tmp_path: Path) -> None:
+    for texts, saved in pool(2).run(disagreeing, str(tmp_path)):
+        for text, other in zip(texts, DIFFERENT, strict=True):
+            key, value = next(iter(other.items()))
+            assert "rank 1 step=" in text and text.count(f"{key}=") == 2, text
+            assert f"{key}={value}" in text.split("rank 1")[1] and "the same on every rank" in text
+        assert saved
+    assert steps_in(tmp_path) == [1]
+
+
 # ---- keep_last ---------------------------------------------------------------------------------
 
 
