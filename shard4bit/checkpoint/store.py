@@ -126,7 +126,11 @@ def _publish(
     if os.path.lexists(final):
         raise CheckpointError(f"{final} appeared while it was being saved: two savers?")
     os.rename(hidden, final)  # fails if ``final`` has appeared since: a checkpoint is no empty directory
-    _fsync_directory(final.parent)
+    try:
+        _fsync_directory(final.parent)
+    except OSError:  # the rename may not outlive a crash, so it is an error, and that leaves nothing
+        os.rename(final, hidden)
+        raise
 
 
 def _fsync_directory(path: Path) -> None:

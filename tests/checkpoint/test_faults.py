@@ -173,6 +173,27 @@ def save_next(root: str) -> str:
     return str(shard4bit.save(root, model, optimizer, step=2))
 
 
+def test_the_last_flush_fails(tmp_path: Path) -> None:
+    """Of the directory that shows the checkpoint already: it is hidden again and can be saved anew."""
+    model, optimizer = made(1)
+    real, final, shown = store._fsync_directory, tmp_path / "step-0000000001", []
+
+    def fail(path: Path) -> None:
+        if path == tmp_path and final.exists():
+            shown.append(verify(final))
+            raise OSError(5, "Input/output error")
+        real(path)
+
+    with mock.patch.object(store, "_fsync_directory", fail):
+        for asynchronous in (False, True):
+            with pytest.raises(CheckpointError, match="Input/output error"):
+                saved: Any = shard4bit.save(tmp_path, model, optimizer, step=1, asynchronous=asynchronous)
+                saved.wait()
+            assert os.listdir(tmp_path) == []
+    assert shown == [[], []]
+    assert shard4bit.save(tmp_path, model, optimizer, step=1) == final
+
+
 def save_nowhere(root: str) -> str:
     model, optimizer = made(1, "fsdp")
     with pytest.raises(CheckpointError) as caught:
