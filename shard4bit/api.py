@@ -15,7 +15,7 @@ from shard4bit.checkpoint.manifest import Manifest
 from shard4bit.checkpoint.pieces import Piece
 from shard4bit.checkpoint.ranks import together, world
 from shard4bit.errors import CheckpointError
-from shard4bit.inventory import Inventory
+from shard4bit.inventory import Inventory, some
 from shard4bit.log import log
 from shard4bit.optim.base import QuantizedOptimizer
 
@@ -98,6 +98,8 @@ def save(
         if not parameters and inventory.optimizer is None:
             raise CheckpointError("parameters=False without an optimizer leaves nothing to save")
         inventory.check_memory()
+        if parameters and rank == 0:
+            inventory.warn_of_extra_states()
         json, tensors = _extra.encode(extra)
         others = _extra.pieces(tensors) if rank == 0 else []
         others += _rng.pieces(rank, world_size) if rng else []
@@ -230,13 +232,7 @@ def _compare(manifest: Manifest, inventory: Inventory, pieces: list[Piece], stri
     missing, extra = sorted(ours - theirs), sorted(theirs - ours)
     if strict and (missing or extra):
         raise CheckpointError(
-            f"the checkpoint lacks {_some(missing)} and has {_some(extra)} that this model and optimizer "
+            f"the checkpoint lacks {some(missing)} and has {some(extra)} that this model and optimizer "
             "lack; strict=False loads what both have"
         )
     return missing + extra
-
-
-def _some(names: list[str]) -> str:
-    if not names:
-        return "nothing"
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from shard4bit.checkpoint.manifest import Manifest
 from shard4bit.checkpoint.pieces import DTYPES, Piece
 from shard4bit.errors import CheckpointError
+from shard4bit.log import log
 from shard4bit.optim.base import Bound, QuantizedOptimizer
 from shard4bit.optim.loading import RUN_OPTIONS
 from shard4bit.placement import Placed, Source, place
@@ -21,6 +22,7 @@ from shard4bit.rectangles import clear_others, completed, rectangles
 from shard4bit.state import Part, parts, state_key
 
 Options = dict[str, Any]
+_warned: set[str] = set()  # modules whose extra state was said to be left out
 _FULL = Part("", "full", torch.float32)
 
 
@@ -45,6 +47,12 @@ def _storable(value: Any, where: str) -> Any:
         "expected finite numbers, strings, None, and lists or maps by strings of these; convert it, or keep "
         "it outside of the optimizer's param_groups"
     )
+
+
+def some(names: list[str]) -> str:
+    if not names:
+        return "nothing"
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _overlaps(data: Tensor) -> bool:
@@ -146,6 +154,20 @@ class Inventory:
                     "share memory, as expand() makes them, and cannot be loaded: register a clone() of it, "
                     "or a buffer with persistent=False"
                 )
+
+    def warn_of_extra_states(self) -> None:
+        """Name, once, the modules whose ``get_extra_state`` a checkpoint leaves out."""
+        own = nn.Module.get_extra_state
+        modules = self.source.model.named_modules()
+        names = [name or "the model" for name, m in modules if type(m).get_extra_state is not own]
+        names = [name for name in map(self.source.plain, names) if name not in _warned]
+        if names:
+            _warned.update(names)
+            log.warning(
+                "a checkpoint leaves out what get_extra_state() of modules gives: %s; save it in extra and "
+                "give it to set_extra_state() after load",
+                some(names),
+            )
 
     def _dense(self, data: Tensor) -> Tensor:
         """The tensor itself if it is contiguous, else a copy, which ``adopt`` writes back."""

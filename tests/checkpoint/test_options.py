@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 import shard4bit
 import tests
+from shard4bit import inventory
 from shard4bit.checkpoint import background, store, upkeep
 from shard4bit.checkpoint.verify import verify
 from shard4bit.errors import CheckpointError
@@ -395,6 +396,28 @@ def test_schedulers_go_on(kind: str, tmp_path: Path) -> None:
     model, optimizer, scheduler = start()
     scheduler.load_state_dict(shard4bit.load(tmp_path, model, optimizer).extra["scheduler"])
     assert rates(4, optimizer, scheduler) == expected
+
+
+class Scaled(torch.nn.Linear):
+    """As layers of fp8 libraries are."""
+
+    def get_extra_state(self) -> Any:
+        return {"scale": 2.0}
+
+    def set_extra_state(self, state: Any) -> None:
+        raise AssertionError("nothing was saved")
+
+
+def test_extra_states_of_modules_are_said_to_be_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inventory, "_warned", set())
+    model = torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.Sequential(Scaled(5, 5)))
+    for step in range(3):
+        shard4bit.save(tmp_path, model, step=step)
+    shard4bit.load(tmp_path, model)
+    said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(said) == 1 and "get_extra_state() of modules gives: 1.0; save it in extra" in said[0]
 
 
 # ---- random numbers ----------------------------------------------------------------------------
