@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
 
 from shard4bit.checkpoint import extra as _extra
 from shard4bit.checkpoint import rng as _rng
 from shard4bit.checkpoint import store
 from shard4bit.checkpoint.digest import digest as _digest
 from shard4bit.checkpoint.manifest import Manifest
-from shard4bit.checkpoint.pieces import Piece
+from shard4bit.checkpoint.pieces import DTYPES, Piece
 from shard4bit.checkpoint.ranks import together, world
 from shard4bit.errors import CheckpointError
 from shard4bit.inventory import Inventory, some
 from shard4bit.log import log
 from shard4bit.optim.base import QuantizedOptimizer
+
+#: (dtype in a checkpoint, dtype of a buffer): casts that change no value
+_EXACT = {("BF16", "F32"), ("F16", "F32"), ("BF16", "F64"), ("F16", "F64"), ("F32", "F64")}
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,7 @@ def load(
     others = together(f"reading {directory}", lambda: _extra.wanted(manifest))
     states, unused = together(f"reading {directory}", lambda: _rng.wanted(manifest, rng, *world()))
 
-    def match() -> tuple[Inventory, list[Piece], list[str]]:
+    def match() -> tuple[Inventory, list[Piece], list[str], list[tuple[Tensor, Tensor]]]:
         inventory = Inventory(
             model,
             optimizer if manifest.content["optimizer"] or strict else None,
@@ -159,15 +165,17 @@ def load(
             frozen=manifest.content["frozen"],
         )
         inventory.check_memory()
-        pieces = list(inventory.pieces(whole_units=True))
+        pieces, wider = _widening(manifest, inventory, list(inventory.pieces(whole_units=True)))
         skipped = _compare(manifest, inventory, pieces, strict)
         if with_groups:
             inventory.check_groups(manifest.groups)
         _extra.decode(manifest.extra, {p.key: p.data for p in others})  # its errors before any change
-        return inventory, [p for p in pieces if p.key in manifest.tensors], skipped
+        return inventory, [p for p in pieces if p.key in manifest.tensors], skipped, wider
 
-    inventory, pieces, skipped = together(f"matching {directory} with the model", match)
+    inventory, pieces, skipped, wider = together(f"matching {directory} with the model", match)
     store.read_into(directory, manifest, pieces + others + states)
+    for data, saved in wider:
+        data.copy_(saved)
     inventory.adopt(manifest, with_groups)
     _rng.restore({p.key: p.data[0] for p in states})
     extra = _extra.decode(manifest.extra, {p.key: p.data for p in others})
@@ -199,6 +207,24 @@ def _check_numbers(step: Any, keep_last: Any) -> None:
 def _own_pieces(inventory: Inventory) -> list[Piece]:
     """What this rank holds. Ranks exchange halves of cut bytes here, so all must have come this far."""
     return together("collecting tensors", lambda: list(inventory.pieces(whole_units=False)))
+
+
+def _widening(
+    manifest: Manifest, inventory: Inventory, pieces: list[Piece]
+) -> tuple[list[Piece], list[tuple[Tensor, Tensor]]]:
+    """The pieces, with those of buffers that were saved in a narrower dtype (FSDP1 casts them while it
+    trains) in that one; and the pairs (wider tensor, what is read) of these."""
+    parameters = {f"model/{item.name}" for item in inventory.source.parameters()}
+    wider: list[tuple[Tensor, Tensor]] = []
+    for number, piece in enumerate(pieces):
+        info = manifest.tensors.get(piece.key)
+        if info is None or not piece.key.startswith("model/") or piece.key in parameters:
+            continue
+        if (info.dtype, piece.dtype) in _EXACT:
+            dtype = next(d for d, name in DTYPES.items() if name == info.dtype)
+            wider.append((piece.data, torch.empty_like(piece.data, dtype=dtype)))
+            pieces[number] = replace(piece, data=wider[-1][1])
+    return pieces, wider
 
 
 def _compare(manifest: Manifest, inventory: Inventory, pieces: list[Piece], strict: bool) -> list[str]:

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from shard4bit.comm import Group, TorchGroup
 from shard4bit.errors import LayoutError
 from shard4bit.layout import Neighbours, Slab
-from shard4bit.placement import Item, Placed, Source
+from shard4bit.placement import Item, Placed, Source, plain_name
 from shard4bit.state import Part
 
 
@@ -30,6 +30,7 @@ class FlatSource(Source):
         super().__init__(model)
         self.items: list[Item] = []
         self.handles: list[Any] = []
+        self.originals: dict[Tensor, Tensor] = {}  # buffers that FSDP1 has cast, and what stands for them
         for prefix, module in model.named_modules():
             handle = module._handle if isinstance(module, FullyShardedDataParallel) else None
             if handle is not None:
@@ -57,14 +58,24 @@ class FlatSource(Source):
 
     def persistent(self) -> list[tuple[str, Tensor]]:
         # (model.state_dict() would gather every parameter)
-        out = []
+        out, dtypes = [], _dtypes_before_casts(self.model)
         for prefix, module in self.model.named_modules(remove_duplicate=False):
             for name, buffer in module.named_buffers(prefix, recurse=False, remove_duplicate=False):
                 if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
-                    out.append((name, buffer))
+                    out.append((name, self._original(buffer, dtypes.get(buffer, buffer.dtype))))
         return out
 
+    def _original(self, buffer: Tensor, dtype: torch.dtype) -> Tensor:
+        """The buffer itself, or, if FSDP1 has cast it, a copy of ``dtype``, which ``loaded`` writes back."""
+        if buffer.dtype == dtype:
+            return buffer
+        if buffer not in self.originals:  # (which may have several names)
+            self.originals[buffer] = buffer.detach().to(dtype)
+        return self.originals[buffer]
+
     def loaded(self) -> None:
+        for buffer, original in self.originals.items():
+            buffer.detach().copy_(original)
         for handle in self.handles:  # free what is still gathered of the old values
             begun = hasattr(handle.flat_param, "_local_shard")  # by a first forward
             if begun and handle.uses_sharded_strategy and not handle.needs_unshard():
@@ -85,6 +96,19 @@ class FlatSource(Source):
             return known[param]
 
         return answer
+
+
+def _dtypes_before_casts(model: nn.Module) -> dict[Tensor, torch.dtype]:
+    """Of buffers: what they have before a first forward, which casts them if ``MixedPrecision`` has a
+    buffer_dtype. (Programs load before it and save after it.)"""
+    out = {}
+    for module in model.modules():
+        if isinstance(module, FullyShardedDataParallel):
+            known = {plain_name(name): dtype for name, dtype in module._buffer_name_to_orig_dtype.items()}
+            for name, buffer in module.named_buffers():  # (an inner module comes later, and decides)
+                cast = buffer.dtype == module.mixed_precision.buffer_dtype
+                out[buffer] = known.get(plain_name(name), buffer.dtype) if cast else buffer.dtype
+    return out
 
 
 def _is_flattened(param: Tensor) -> bool:
