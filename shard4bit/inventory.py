@@ -210,8 +210,9 @@ class Inventory:
         return out
 
     def groups(self) -> list[dict[str, Any]]:
-        """Parameter names and options of the optimizer's groups, as JSON."""
-        out = []
+        """Parameter names and options of the optimizer's groups, as JSON. What was split off a group of flat
+        tensors joins a group of equal options: other layouts have them in one."""
+        out: list[tuple[bool, dict[str, Any]]] = []
         places = {id(g): i for i, g in enumerate(self.optimizer.param_groups if self.optimizer else [])}
         for group, own, names in self._groups():
             options = {
@@ -219,27 +220,40 @@ class Inventory:
                 for key, value in {**group, **own}.items()
                 if key not in ("params", "param_names", *RUN_OPTIONS)
             }
-            out.append({"parameters": names, "options": options})
-        return out
+            made = {"parameters": names, "options": options}
+            alike = (e for split, e in out if (own or split) and e["options"] == made["options"])
+            known = next(alike, None) if names else None
+            if known is None:
+                out.append((bool(own), made))
+            else:
+                known["parameters"] += names
+        return [made for _, made in out]
 
     def _paired(self, saved: list[dict[str, Any]]) -> list[tuple[Options, Options, Options]]:
         """(group, what its parameters have otherwise, saved options). The order of groups and parameters is
-        not compared: engines that flatten have their own."""
-        ours, left, out = self._groups(), list(saved), []
+        not compared, nor how flat tensors split groups and what joins saved ones of equal options: engines
+        that flatten have their own."""
+        ours, out = self._groups(), []
+        number = {name: i for i, s in enumerate(saved) for name in s["parameters"]}
+        empty = [s["options"] for s in saved if not s["parameters"]]
+        taken: set[int | None] = (
+            set()
+        )  # saved groups whose parameters are in a group of ours, not split off it
+        fit = set(number) == {name for *_, names in ours for name in names}
         for group, own, names in ours:
-            match = next((s for s in left if set(s["parameters"]) == set(names)), None)
-            if match is None:
-                raise CheckpointError(
-                    f"the checkpoint has parameter groups of {[len(g['parameters']) for g in saved]} "
-                    f"parameters, this optimizer of {[len(n) for _, _, n in ours]} or of others: build the "
-                    "same groups, or load with hyperparameters=False"
-                )
-            left.remove(match)
-            out.append((group, own, match["options"]))
-        if left:
+            found = {number.get(name) for name in names}
+            options = [saved[i]["options"] for i in found if i is not None]
+            fit = fit and all(o == options[0] for o in options) and (bool(own) or not found & taken)
+            taken |= set() if own else found
+            if not names and empty:  # (of frozen parameters)
+                options = [min(empty, key=lambda o: sum(bool(group.get(k) != v) for k, v in o.items()))]
+                empty.remove(options[0])
+            out += [(group, own, o) for o in options[:1]]
+        if not fit:
             raise CheckpointError(
-                f"the checkpoint has {len(left)} more parameter groups than this optimizer: build the same "
-                "groups, or load with hyperparameters=False"
+                f"the checkpoint has parameter groups of {[len(g['parameters']) for g in saved]} "
+                f"parameters, this optimizer of {[len(n) for _, _, n in ours]} or of others: build the "
+                "same groups, or load with hyperparameters=False"
             )
         return out
 
@@ -250,8 +264,8 @@ class Inventory:
         seen: dict[int, dict[str, Any]] = {}
         for group, own, options in self._paired(saved):
             self.optimizer._check_group({**group, **options})
-            shared = {key: value for key, value in options.items() if key not in own}
-            if seen.setdefault(id(group), shared) != {**seen[id(group)], **shared}:
+            shared, known = {k: v for k, v in options.items() if k not in own}, seen.setdefault(id(group), {})
+            if any(known.setdefault(key, value) != value for key, value in shared.items()):
                 raise CheckpointError(
                     "the checkpoint has parameters of different options that this model keeps in one flat "
                     "parameter; load with hyperparameters=False"

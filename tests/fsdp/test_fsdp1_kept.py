@@ -1,17 +1,25 @@
-"""What FSDP1 keeps otherwise than other layouts do, and checkpoints must not show: buffers that it casts."""
+"""What FSDP1 keeps otherwise than other layouts do, and checkpoints must not show: buffers that it casts,
+groups of options that its flat parameters split."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from torch.distributed.fsdp import MixedPrecision
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.fsdp import MixedPrecision, fully_shard
 
 import shard4bit
-from tests.fsdp.flat import Nest, flattened, wrapped
+from shard4bit.checkpoint.manifest import read_manifest
+from shard4bit.errors import CheckpointError
+from shard4bit.inventory import Inventory, checked_json
+from tests.fsdp import models
+from tests.fsdp.flat import Nest, Part, flattened, wrapped
 from tests.pool import pool
 
 BF16 = torch.bfloat16
@@ -62,3 +70,105 @@ def buffers_saved_and_loaded(orig: bool, root: str) -> list[bool]:
 def test_buffers_before_and_after_the_first_forward(orig: bool, tmp_path: Path) -> None:
     for found in pool(2).run(buffers_saved_and_loaded, orig, str(tmp_path)):
         assert all(found), found
+
+
+# ---- groups that flat parameters split --------------------------------------------------------------
+
+
+class Block(Part):
+    """A norm first, so that the first parameter of its flat one has other options than the group."""
+
+    def __init__(self) -> None:
+        super().__init__({"scale": (90,), "weight": (90, 90)})
+
+
+class Deep(Part):
+    def __init__(self) -> None:
+        super().__init__({"last_scale": (90,), "last_bias": (90,)})
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+
+LAYOUTS = ["fsdp1 nested", "fsdp1 one flat", "fsdp1 originals", "fsdp2", "single"]
+SPLIT = {"no_decay": ["*scale", "*bias"]}
+
+
+def of_layout(layout: str) -> tuple[Any, Any]:
+    model: Any = Deep()
+    if layout == "single":
+        decayed = {True: [], False: []}  # type: ignore[var-annotated]
+        for name, param in model.named_parameters():
+            decayed[name.endswith("weight")].append(param)
+        groups = [{"params": decayed[True]}, {"params": decayed[False], "weight_decay": 0.0}]
+        return model, models.optimizer_of("rank1", groups)
+    if layout == "fsdp2":
+        model = fully_shard(model)
+    elif layout == "fsdp1 one flat":
+        model = FSDP1(model, device_id=models.Where.device)
+    else:
+        model = flattened(model, layout == "fsdp1 originals")
+    return model, wrapped("rank1", model, **SPLIT)
+
+
+def decays(model: Any, optimizer: Any) -> dict[str, tuple[float, float]]:
+    """Learning rate and weight decay of every parameter."""
+    groups = Inventory(model, optimizer, parameters=True, frozen=True).groups()
+    return {n: (g["options"]["lr"], g["options"]["weight_decay"]) for g in groups for n in g["parameters"]}
+
+
+def from_layout_to_layout(root: str) -> tuple[list[list[int]], list[bool], list[str]]:
+    """How many parameters the groups of each layout's checkpoint have; whether each layout has the options of
+    what it loads; and what is said when the options of parameters in one group differ."""
+    sizes, right = [], []
+    made = {layout: of_layout(layout) for layout in LAYOUTS}
+    old = patch.object(Inventory, "groups", groups_as_they_were)
+    paths = []
+    for number, (layout, how) in enumerate([*((x, nullcontext()) for x in LAYOUTS), (LAYOUTS[0], old)]):
+        model, optimizer = made[layout]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5 + number
+        with how:
+            paths.append(shard4bit.save(root, model, optimizer, step=number))
+        sizes.append(sorted(len(g["parameters"]) for g in read_manifest(paths[-1]).groups))
+    for model, optimizer in made.values():
+        for number, path in enumerate(paths):
+            for group in optimizer.param_groups:
+                group["lr"] = 9.0 + len(group["params"])  # groups of ours may differ before
+            shard4bit.load(path, model, optimizer)
+            found = decays(model, optimizer)
+            right.append(
+                len(found) == 6
+                and all(v == (0.5 + number, 0.1 * n.endswith("weight")) for n, v in found.items())
+            )
+    model, optimizer = made["single"]
+    names = [n for n, _ in model.named_parameters()]
+    optimizer.param_groups[1]["weight_decay"] = 0.3
+    uneven = shard4bit.save(root, model, optimizer, step=9)
+    joined = models.optimizer_of("rank1", list(model.parameters()))
+    said = []
+    for other, theirs in ((model, joined), made["fsdp1 one flat"]):
+        try:
+            shard4bit.load(uneven, other, theirs)
+            said.append(str(decays(other, theirs)[names[0]]))
+        except CheckpointError as error:
+            said.append(str(error))
+    return sizes, right, said
+
+
+def groups_as_they_were(inventory: Inventory) -> list[dict[str, Any]]:
+    """What was split off stays apart, as in checkpoints written before."""
+    return [
+        {
+            "parameters": names,
+            "options": checked_json({k: v for k, v in {**group, **own}.items() if k in known}),
+        }
+        for group, own, names in inventory._groups()
+        for known in [inventory.optimizer.defaults]
+    ]
+
+
+def test_every_layout_reads_the_groups_of_the_others(tmp_path: Path) -> None:
+    for sizes, right, said in pool(2).run(from_layout_to_layout, str(tmp_path)):
+        assert sizes == [[2, 4]] * len(LAYOUTS) + [[2, 2, 2]]
+        assert all(right), right
+        assert "groups of [2, 4]" in said[0] and "[6]" in said[0], said
+        assert said[1] == str((5.5, 0.3)), said
