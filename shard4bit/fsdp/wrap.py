@@ -12,6 +12,7 @@ from shard4bit.fsdp.layout import FlatSource
 from shard4bit.fsdp.model import is_fsdp1, is_fsdp2, source_of
 from shard4bit.optim.base import QuantizedOptimizer
 from shard4bit.optim.patterns import checked, overrides
+from shard4bit.optim.validate import PARAM_DTYPES
 from shard4bit.placement import Item
 
 Opt = TypeVar("Opt", bound=QuantizedOptimizer)
@@ -28,6 +29,8 @@ def wrap(
 ) -> Opt:
     """The optimizer for a model sharded by ``fully_shard`` (FSDP2) or FullyShardedDataParallel (FSDP1).
 
+    Frozen parameters are in its groups, and take part once they are unfrozen.
+
     optimizer: ``AdamW4bit``, ``SGD4bit`` or another class of shard4bit; ``options`` are its own.
     no_decay, full_precision: shell patterns of parameter names ("*.bias", "*embed*") that get no weight
         decay, or fp32 moments; also of parameters inside FSDP1's flat ones.
@@ -38,7 +41,8 @@ def wrap(
             "this model is not sharded: call torch.distributed.fsdp.fully_shard on it first, or build "
             "the optimizer directly from model.parameters() (one process, or DistributedDataParallel)"
         )
-    items = [item for item in source_of(model).parameters() if item.trainable]
+    # frozen ones too, which may be unfrozen later (what never can, such as packed weights, is left out)
+    items = [i for i in source_of(model).parameters() if i.trainable or i.tensor.dtype in PARAM_DTYPES]
     wanted = chosen([item.name for item in items], no_decay, full_precision)
     groups, mixed = grouped(items, wanted)
     made = optimizer(groups, **options)

@@ -48,18 +48,20 @@ def match(optimizer: QuantizedOptimizer, source: Any) -> Matching:
             f"expected an optimizer or its state_dict, got {type(source).__name__} "
             f"{sorted(map(str, source))[:5] if isinstance(source, Mapping) else ''}"
         )
-    known, wanted = {k for ks in theirs for k in ks}, {k for ks in keys for k in ks}
-    lacking = [k for ks in keys for k in ks if k not in known]
+    known = {k for ks in theirs for k in ks}
+    pairs = list(zip((p for ps in own for p in ps), (k for ks in keys for k in ks), strict=True))
+    wanted = {k for p, k in pairs if k in known or p.requires_grad}  # the source may leave out frozen ones
+    lacking = [k for _, k in pairs if k in wanted and k not in known]
     left = [k for ks in theirs for k in ks if k not in wanted and states.get(k)]
     if lacking or left:
         raise StateError(
             f"the source lacks {_some(lacking)} and has states of {_some(left)} that this optimizer lacks: "
             "build both from the same parameters"
         )
-    pairs = zip((p for ps in own for p in ps), (k for ks in keys for k in ks), strict=True)
     same = [[k for k in ks if k in wanted] for ks in theirs]
     matched = [g for g, ks in zip(groups, same, strict=True) if ks]
-    fit = [set(ks) for ks in same if ks] == [set(ks) for ks in keys if ks] and len(matched) == len(keys)
+    ours = [wanted.intersection(ks) for ks in keys]
+    fit = [set(ks) for ks in same if ks] == [ks for ks in ours if ks] and len(matched) == len(keys)
     return Matching({p: states.get(k) for p, k in pairs}, matched if fit else None)
 
 

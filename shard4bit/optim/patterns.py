@@ -29,8 +29,8 @@ def overrides(
             matching = [name for name in names if fnmatchcase(name, pattern)]
             if not matching:
                 raise ValueError(
-                    f"{argument}: the pattern {pattern!r} matches no trainable parameter; names are such as "
-                    f"{list(names[:3])}"
+                    f"{argument}: the pattern {pattern!r} matches no parameter of the optimizer; names are "
+                    f"such as {list(names[:3])}"
                 )
             for name in matching:
                 out[name].update(options)

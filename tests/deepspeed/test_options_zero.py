@@ -113,7 +113,7 @@ def test_patterns_of_names(stage: int, zero: dict[str, Any]) -> None:
         (
             "AdamW4bit",
             {"no_decay": ["*.bias"]},
-            ["no_decay", "'*.bias' matches no trainable parameter", "wide"],
+            ["no_decay", "'*.bias' matches no parameter of the optimizer", "wide"],
         ),
         ("SGD4bit", {"momentum_bufer": "B128/DE"}, ["did you mean 'momentum_buffer'"]),
         ("SGD4bit", {"betas": [0.9, 0.99]}, ["betas"]),

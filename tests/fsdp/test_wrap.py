@@ -51,8 +51,8 @@ def by_patterns() -> tuple[list[dict[str, Any]], Arrays, Arrays]:
     by_hand = shard4bit.AdamW4bit(
         [
             {"params": [named["first.weight"]], "quantize": False},
-            {"params": [named[n] for n in plain if "frozen" not in n], "weight_decay": 0.0},
-            {"params": [named[n] for n in rest if "frozen" not in n]},
+            {"params": [named[n] for n in plain], "weight_decay": 0.0},
+            {"params": [named[n] for n in rest]},
         ],
         **OPTIONS,
     )
@@ -63,11 +63,11 @@ def by_patterns() -> tuple[list[dict[str, Any]], Arrays, Arrays]:
 def test_groups_by_patterns() -> None:
     for groups, found, expected in pool(2).run(by_patterns):
         members = {frozenset(g["param_names"]): (g["weight_decay"], g["quantize"]) for g in groups}
-        biases = {"first.bias", "norm.weight", "norm.bias", "hidden.bias", "last.bias"}
+        biases = {"first.bias", "norm.weight", "norm.bias", "hidden.bias", "frozen.bias", "last.bias"}
         assert members == {
             frozenset({"first.weight"}): (0.1, False),
             frozenset(biases): (0.0, True),
-            frozenset({"hidden.weight", "last.weight"}): (0.1, True),
+            frozenset({"hidden.weight", "frozen.weight", "last.weight"}): (0.1, True),
         }
         assert all(g["lr"] == 5e-3 for g in groups)
         same(found, expected)
@@ -84,9 +84,9 @@ def sgd_and_bare() -> tuple[str, list[str], str]:
 
 
 def test_without_patterns_and_with_bad_options() -> None:
-    trainable = [n for n, p in Toy().named_parameters() if p.requires_grad]
+    every = [n for n, _ in Toy().named_parameters()]
     for kind, names, bad in pool(2).run(sgd_and_bare):
-        assert kind == "SGD4bit" and names == trainable
+        assert kind == "SGD4bit" and names == every
         assert "lr=-1" in bad
 
 
@@ -98,7 +98,6 @@ def refusals() -> list[str]:
     return [
         message(wrap(model, no_decay=["*.bais"]), ValueError),
         message(wrap(model, full_precision=["*.bias", "nothing"]), ValueError),
-        message(wrap(model, no_decay=["frozen.*"]), ValueError),  # only parameters that are not trained
         message(wrap(Toy()), LayoutError),
     ]
 
@@ -108,9 +107,8 @@ def test_refusals() -> None:
         for text, words in zip(
             texts,
             [
-                ("'*.bais'", "no trainable", "first.weight"),
+                ("'*.bais'", "no parameter", "first.weight"),
                 ("'nothing'",),
-                ("'frozen.*'",),
                 ("not sharded", "fully_shard"),
             ],
             strict=True,
