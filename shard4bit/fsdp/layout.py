@@ -34,6 +34,7 @@ class FlatSource(Source):
         for prefix, module in model.named_modules():
             handle = module._handle if isinstance(module, FullyShardedDataParallel) else None
             if handle is not None:
+                _refuse_summoned(handle)
                 self.handles.append(handle)
                 self.items += self._items(handle, prefix + "." if prefix else "", options or {})
         for name, param in model.named_parameters():
@@ -111,6 +112,16 @@ def _dtypes_before_casts(model: nn.Module) -> dict[Tensor, torch.dtype]:
     return out
 
 
+def _refuse_summoned(handle: Any) -> None:
+    """Raise LayoutError inside summon_full_params, where the shards lie idle: what it shows are copies, which
+    it writes over the shards at its end, and which a load would free."""
+    if handle._training_state.name == "SUMMON_FULL_PARAMS":
+        raise LayoutError(
+            "the parameters are gathered by FSDP1's summon_full_params, which writes over their shards at "
+            "its end: build the optimizer, step, save, load and digest outside of it"
+        )
+
+
 def _is_flattened(param: Tensor) -> bool:
     return bool(getattr(param, "_fsdp_flattened", False))
 
@@ -120,7 +131,7 @@ class _Place:
 
     def __init__(self, handle: Any, index: int, start: int, name: str) -> None:
         flat = handle.flat_param
-        self.flat, self.name, self.shape = flat, name, tuple(flat._shapes[index])
+        self.handle, self.flat, self.name, self.shape = handle, flat, name, tuple(flat._shapes[index])
         self.param = None if flat._params is None else flat._params[index]
         self.sharded = handle.uses_sharded_strategy
         self._refuse_odd(flat, index)
@@ -169,6 +180,7 @@ class _Place:
         return local.detach()[self.offset : self.offset + self.slab.numel].view(self.slab.shape)
 
     def _grad(self) -> Tensor | None:
+        _refuse_summoned(self.handle)
         if self.param is not None:
             grad = self.param.grad
             return grad.view(-1) if grad is not None and self.slab.numel == 0 else grad

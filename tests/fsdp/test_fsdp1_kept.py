@@ -1,5 +1,5 @@
 """What FSDP1 keeps otherwise than other layouts do, and checkpoints must not show: buffers that it casts,
-groups of options that its flat parameters split."""
+groups of options that its flat parameters split, parameters that it has gathered."""
 
 from __future__ import annotations
 
@@ -172,3 +172,44 @@ def test_every_layout_reads_the_groups_of_the_others(tmp_path: Path) -> None:
         assert all(right), right
         assert "groups of [2, 4]" in said[0] and "[6]" in said[0], said
         assert said[1] == str((5.5, 0.3)), said
+
+
+# ---- parameters that summon_full_params has gathered ------------------------------------------------
+
+
+def within_summon(orig: bool, strategy: str, root: str) -> tuple[list[str], bool]:
+    """What each call says, and whether all is as before."""
+    model = flattened(Nest(), orig, strategy)
+    optimizer = wrapped("rank1", model)
+    model(torch.ones(2, 2)).sum().backward()
+    optimizer.step()
+    path = shard4bit.save(root, model, optimizer, step=1)
+    model(torch.ones(2, 2)).sum().backward()
+    before, said = shard4bit.digest(model, optimizer), []
+    for what in (model, model.second):  # all of it, and a part
+        with FSDP1.summon_full_params(what, recurse=what is model):
+            for call in (
+                lambda: shard4bit.load(path, model, optimizer),
+                lambda: shard4bit.save(root, model, optimizer, step=2),
+                lambda: shard4bit.digest(model, optimizer),
+                lambda: wrapped("rank1", model),
+                optimizer.step,
+            ):
+                try:
+                    said.append(f"nothing: {call()}")
+                except Exception as error:
+                    said.append(f"{type(error).__name__}: {error}")
+    digests = [shard4bit.digest(model, optimizer)]
+    optimizer.step()
+    shard4bit.load(path, model, optimizer)
+    digests.append(shard4bit.digest(model, optimizer))
+    return said, digests == [before, before]
+
+
+@pytest.mark.parametrize(
+    "orig, strategy", [(False, "FULL_SHARD"), (True, "SHARD_GRAD_OP"), (True, "NO_SHARD")]
+)
+def test_calls_within_summon_full_params(orig: bool, strategy: str, tmp_path: Path) -> None:
+    for said, same in pool(2).run(within_summon, orig, strategy, str(tmp_path)):
+        assert all("outside of it" in text for text in said), said
+        assert same
