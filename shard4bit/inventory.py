@@ -236,9 +236,7 @@ class Inventory:
         ours, out = self._groups(), []
         number = {name: i for i, s in enumerate(saved) for name in s["parameters"]}
         empty = [s["options"] for s in saved if not s["parameters"]]
-        taken: set[int | None] = (
-            set()
-        )  # saved groups whose parameters are in a group of ours, not split off it
+        taken: set[int | None] = set()  # saved groups whose parameters are in one of ours, not split off it
         fit = set(number) == {name for *_, names in ours for name in names}
         for group, own, names in ours:
             found = {number.get(name) for name in names}

@@ -14,12 +14,14 @@ from torch import Tensor
 from shard4bit.backend import Work, Works
 from shard4bit.comm import Reduction
 from shard4bit.dispatch import backend_for
+from shard4bit.errors import LayoutError
 from shard4bit.maths.update import Rule
 from shard4bit.optim import capture
 from shard4bit.optim.alike import Likeness
 from shard4bit.optim.bound import Bound
 from shard4bit.optim.capture import Counts
 from shard4bit.optim.loading import SPEC_OPTIONS
+from shard4bit.placement import refuse_stale
 
 _GRAD = attrgetter("grad")
 
@@ -108,7 +110,7 @@ class StepPlan:
         self.rivals = [plan for plan in others if not mine.isdisjoint(map(id, plan.bounds))]
         for rival in self.rivals:
             rival.rivals.append(self)
-        self.outdated = True
+        self.outdated, self.idle = True, False  # idle: no gradients in the last step, and that is all right
         self.taking: list[Bound] = []
         self.batches: list[tuple[Rule, Works]] = []
         self.reduction = Reduction([])
@@ -160,6 +162,8 @@ class StepPlan:
         for rival in self.rivals:
             rival.outdated = True
         grads, failure = self._read()
+        if failure is None and not self.linked:
+            failure = self._stale(grads)
         if known and self.seen.lasts(grads):
             for work, grad in zip(self.works, grads, strict=True):
                 work.grad = grad
@@ -176,6 +180,19 @@ class StepPlan:
         except Exception as error:
             failure = failure or error
         return failure
+
+    def _stale(self, grads: Sequence[Tensor | None]) -> BaseException | None:
+        """The error, if no parameter has a gradient because a model was sharded after the optimizer's first
+        step. (The look at all modules is for the first of such steps only.)"""
+        if any(grad is not None for grad in grads):
+            self.idle = False
+        elif not self.idle:
+            try:
+                refuse_stale([bound.param for bound in self.bounds])
+            except LayoutError as error:
+                return error
+            self.idle = True
+        return None
 
     def _read(self) -> tuple[list[Tensor | None], BaseException | None]:
         """Every parameter's gradient, and the first error."""

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecision, fully_shard
 import shard4bit
 from shard4bit.checkpoint.manifest import read_manifest
 from shard4bit.errors import CheckpointError
-from shard4bit.inventory import Inventory, checked_json
+from shard4bit.inventory import Inventory
 from tests.fsdp import models
 from tests.fsdp.flat import Nest, Part, flattened, wrapped
 from tests.pool import pool
@@ -159,7 +159,7 @@ def groups_as_they_were(inventory: Inventory) -> list[dict[str, Any]]:
     return [
         {
             "parameters": names,
-            "options": checked_json({k: v for k, v in {**group, **own}.items() if k in known}),
+            "options": {k: v for k, v in {**group, **own}.items() if k in known},
         }
         for group, own, names in inventory._groups()
         for known in [inventory.optimizer.defaults]

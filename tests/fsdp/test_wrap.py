@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -261,6 +262,29 @@ def over_stale_parameters() -> tuple[str, str]:
     other = nn.Parameter(torch.ones(3, 5, 7, 11))
     shard4bit.AdamW4bit([lone, other]).step()  # not all have a sharded twin: no error
     return message(optimizer.step, LayoutError), message(optimizer.state_dict, LayoutError)
+
+
+def sharded_after_a_step() -> tuple[list[str], int]:
+    """The errors of two later steps, and how often a model that has no gradients is looked at."""
+    model = Toy()
+    optimizer = shard4bit.AdamW4bit(model.parameters())
+    fit(model, optimizer, 0, 1)
+    optimizer.zero_grad()
+    with patch("shard4bit.optim.stepping.refuse_stale") as look:
+        for _ in range(3):
+            optimizer.step()
+    other = Toy()
+    late = shard4bit.AdamW4bit(other.parameters())
+    fit(other, late, 0, 1)
+    late.zero_grad()
+    fully_shard(other)
+    return [message(late.step, LayoutError) for _ in range(2)], look.call_count
+
+
+def test_sharding_after_a_step_is_noticed_on_all_ranks() -> None:
+    for texts, looks in pool(2).run(sharded_after_a_step):
+        assert all("build it after fully_shard" in text for text in texts)
+        assert looks == 1
 
 
 def test_original_parameters_of_fsdp1_are_refused_on_all_ranks() -> None:
