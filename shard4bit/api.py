@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -149,7 +150,7 @@ def load(
     sides have and names the rest in ``Loaded.skipped``. Random number generators are restored if the
     checkpoint has their states and the number of ranks is that which saved; rng=False leaves them.
     Raises CheckpointError on every rank, with nothing changed, for a checkpoint that is missing, damaged
-    or of another model or spec.
+    or of another model or spec, and for parts of a DeepSpeed engine in place of the engine.
     """
     store.settle()
     directory, manifest = store.find(Path(path))
@@ -158,6 +159,10 @@ def load(
     states, unused = together(f"reading {directory}", lambda: _rng.wanted(manifest, rng, *world()))
 
     def match() -> tuple[Inventory, list[Piece], list[str], list[tuple[Tensor, Tensor]]]:
+        if "shard4bit.deepspeed.attach" in sys.modules:  # there may be engines
+            from shard4bit.deepspeed import source
+
+            source.refuse_parts(model, optimizer)
         inventory = Inventory(
             model,
             optimizer if manifest.content["optimizer"] or strict else None,

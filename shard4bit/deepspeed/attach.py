@@ -55,6 +55,11 @@ def optimizer_of(engine: Any) -> QuantizedOptimizer:
     return engine.basic_optimizer
 
 
+def engines() -> list[Any]:
+    """The live engines with an optimizer of ours."""
+    return list(_layouts)
+
+
 # ---- initialize -------------------------------------------------------------------------------------
 
 

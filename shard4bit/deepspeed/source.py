@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from shard4bit.deepspeed import layout
-from shard4bit.deepspeed.attach import layout_of, optimizer_of
+from shard4bit.deepspeed.attach import engines, layout_of, optimizer_of
+from shard4bit.errors import CheckpointError
 from shard4bit.optim.base import QuantizedOptimizer
 from shard4bit.placement import Item, Source, plain_name
 
@@ -16,6 +17,23 @@ from shard4bit.placement import Item, Source, plain_name
 def of(engine: Any) -> tuple[Source, QuantizedOptimizer]:
     """The engine's parameters and our optimizer. Raises LayoutError if it has none of ours."""
     return ZeroSource(engine), optimizer_of(engine)
+
+
+def refuse_parts(model: Any, optimizer: QuantizedOptimizer | None) -> None:
+    """Raise CheckpointError for an engine's module or optimizer in place of the engine: what is read into
+    them does not reach the engine's other copy of the weights, which wins at its next step."""
+    known = engines()
+    given = set(model.parameters()) if isinstance(model, nn.Module) and model not in known else set()
+    for engine in known:
+        if model is engine:
+            continue
+        theirs = optimizer is not None and optimizer is optimizer_of(engine)
+        if theirs or not given.isdisjoint(layout.names_of(engine)):
+            raise CheckpointError(
+                f"the {'optimizer' if theirs else 'model'} belongs to a DeepSpeed engine, which has its own "
+                "weights: give the engine alone, load(path, engine). Weights alone are loaded into the model "
+                "before deepspeed.initialize"
+            )
 
 
 class ZeroSource(Source):

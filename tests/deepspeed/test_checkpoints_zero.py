@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import shard4bit
-from shard4bit.errors import Shard4bitError, StateError
+from shard4bit.errors import CheckpointError, Shard4bitError, StateError
 from tests.deepspeed import engines
 from tests.deepspeed.engines import Known, config, engine_of, needs_deepspeed
 from tests.fsdp import models
@@ -282,3 +282,29 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     pool(2).run(saved, str(tmp_path), {"stage": 1})
     for message in pool(2).run(two_values, str(tmp_path)):
         assert "lacks" in message and "other" in message, message
+
+
+def parts_of_an_engine(root: str, options: dict[str, Any]) -> list[str]:
+    """What loading into parts of an engine is answered with; nothing has changed then."""
+    engine = engine_of(Known(), config(**options))
+    shard4bit.save(root, engine, step=STEPS)
+    other = blank(**options)
+    before = shard4bit.digest(other)
+    said = []
+    for given in ((other.module, other.basic_optimizer), (other.module,), (engine, other.basic_optimizer)):
+        with pytest.raises(CheckpointError) as caught:
+            shard4bit.load(root, *given)
+        said.append(str(caught.value))
+    assert shard4bit.digest(other) == before and follows(other)
+    model = Known()  # that no engine has
+    shard4bit.load(root, model)
+    shard4bit.load(root, other, other.basic_optimizer)
+    assert shard4bit.digest(other) == shard4bit.digest(engine) and follows(other)
+    return said
+
+
+@pytest.mark.parametrize("options", [{"stage": 0}, {"stage": 2, "precision": "bf16+fp32"}], ids=str)
+def test_parts_of_an_engine_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    for said in pool(2).run(parts_of_an_engine, str(tmp_path), options):
+        assert all("give the engine alone" in message for message in said), said
+        assert said[0].startswith("the optimizer") and said[1].startswith("the model"), said
