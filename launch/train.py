@@ -154,10 +154,23 @@ class Run:
             raise ValueError(
                 f"{root} ends at step {step}, but {self.root} goes beyond it: give another --out"
             )
+        self._check_options(root)
         self.engine.restore(extra.get("engine", {}))
         if self.ranks.is_first:
             tqdm.write(f"resumed from {root}, step {step}")
         return step
+
+    def _check_options(self, root: Path) -> None:
+        """Raise ValueError where an option was given that loading has just replaced by the saved one."""
+        for name in ("rounding", "compensate"):
+            given = getattr(self.settings, name)
+            saved = [group.get(name, given) for group in self.engine.own_optimizer().param_groups]
+            other = next((value for value in saved if value != given), given)
+            if given is not None and other != given:
+                raise ValueError(
+                    f"the checkpoint in {root} has {name}={other}, this run was given {name}={given}: leave "
+                    "the option out to go on as before, or give another --out to start anew"
+                )
 
     def train(self, first: int, stop: Stop, board: Scalars) -> dict[str, Any]:
         """Do the steps from ``first`` (counted from 0) to the last, or to a stop; saves on the way."""

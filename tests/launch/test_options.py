@@ -56,6 +56,24 @@ def test_fresh_and_resume_are_of_the_first_start(
     assert train([*base, "--resume", str(first / "checkpoints"), *nothing])["first_step"] == 2
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--rounding", "nearest"], "has rounding=stochastic, this run was given rounding=nearest"),
+        (["--no-compensate"], "has compensate=True, this run was given compensate=False"),
+    ],
+)
+def test_options_that_the_checkpoint_has_otherwise(
+    given: list[str], message: str, base: list[str], tmp_path: Path
+) -> None:
+    want = [*base, "--out", str(tmp_path), "--save-every", "1"]
+    train([*want, "--rounding", "stochastic", "--compensate", "--steps", "1"])
+    said = fails([*want, *given, "--steps", "2"])
+    assert message in said and "leave the option out" in said
+    assert train([*want, "--rounding", "stochastic", "--steps", "2"])["first_step"] == 1
+    assert train([*want, "--steps", "3"])["first_step"] == 2
+
+
 def on_a_later_node(arguments: list[str]) -> Any:
     """A run that only rank 1's torchrun has started again."""
     if dist.get_rank() == 1:
