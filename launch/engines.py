@@ -22,6 +22,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import shard4bit.fsdp
+from launch import scaling
 from launch.cluster import Cluster
 from launch.recipe import Recipe
 
@@ -105,12 +106,12 @@ class Single:
 
     def extra(self) -> dict[str, Any]:
         """What else a checkpoint must hold, as JSON: the state of the loss scaler."""
-        return {} if self.scaler is None else self.scaler.state_dict()
+        return {} if self.scaler is None else scaling.saved(self.scaler.state_dict())
 
     def restore(self, extra: Mapping[str, Any]) -> None:
-        """Take up what ``extra`` returned."""
-        if self.scaler is not None and extra:
-            self.scaler.load_state_dict(dict(extra))
+        """Take up what ``extra`` of any engine returned."""
+        if self.scaler is not None:
+            scaling.for_torch(extra, self.scaler)
 
 
 class Ddp(Single):
@@ -250,12 +251,11 @@ class Zero2(Ddp):
     def extra(self) -> dict[str, Any]:
         if self.recipe.precision != "fp16":
             return {}
-        fields = vars(self.optimizer.loss_scaler)
-        return {name: value for name, value in fields.items() if isinstance(value, int | float)}
+        return scaling.saved(vars(self.optimizer.loss_scaler))
 
     def restore(self, extra: Mapping[str, Any]) -> None:
         if self.recipe.precision == "fp16":
-            vars(self.optimizer.loss_scaler).update(extra)
+            scaling.for_deepspeed(extra, self.optimizer.loss_scaler)
 
 
 class Zero1(Zero2):

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.deepspeed.engines import HAVE, needs_deepspeed
+from launch import scaling
+from tests.deepspeed.engines import HAVE, deepspeed, needs_deepspeed
 from tests.launch.running import SMALL, TINY, fails, train
 from tests.pool import pool
 
@@ -135,3 +136,55 @@ def test_zero_with_fp16_on_the_cpu_is_refused_in_one_line(data: list[str], tmp_p
     want = [*TINY, *data, *NEVER, "--steps", "1", "--out", str(tmp_path), "--engine", "zero2"]
     for found in pool(2).run(fails_as_shipped, [*want, "--precision", "fp16"]):
         assert "fp16" in found and "\n" not in found
+
+
+def scalers() -> tuple[Any, Any]:
+    import torch
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    own = {"min_scale": 1, "delayed_shift": 2, "consecutive_hysteresis": False}
+    theirs = DynamicLossScaler(init_scale=2.0**20, scale_window=1000, **own)
+    return torch.amp.GradScaler("cpu", init_scale=2.0**10), theirs
+
+
+TORCHS = {"scale": 512.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
+ZEROS = {"cur_scale": 512.0, "cur_iter": 2017, "last_overflow_iter": 9, "cur_hysteresis": 1, "min_scale": 1}
+SAVED = [  # what a checkpoint may have, and the steps since the scale last changed
+    pytest.param({**TORCHS, "_growth_tracker": 7}, 7, id="torch's, of old"),
+    pytest.param(ZEROS, 2007, id="deepspeed's, of old"),
+    pytest.param({"loss_scale": {"scale": 512.0, "clean": 7, "later": 1}}, 7, id="any"),
+]
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(("state", "clean"), SAVED)
+def test_the_loss_scaler_goes_from_engine_to_engine(state: dict[str, Any], clean: int) -> None:
+    ours, theirs = scalers()
+    known = set(vars(theirs))
+    scaling.for_torch(state, ours)
+    scaling.for_deepspeed(state, theirs)
+    assert ours.state_dict() == {**TORCHS, "_growth_tracker": clean % 2000}
+    assert (theirs.cur_scale, theirs.cur_iter - theirs.last_overflow_iter - 1) == (512.0, clean)
+    assert theirs.cur_hysteresis == (1 if state is ZEROS else 2) and set(vars(theirs)) == known
+    again, other = scalers()
+    scaling.for_torch(scaling.saved(vars(theirs)), again)
+    scaling.for_deepspeed(scaling.saved(vars(theirs)), other)
+    assert again.state_dict() == ours.state_dict()
+    assert scaling.saved(vars(other)) == scaling.saved(vars(theirs))
+    for strange in ({}, {"else": 1}):
+        scaling.for_torch(strange, again)
+        scaling.for_deepspeed(strange, other)
+    assert again.state_dict() == ours.state_dict()
+
+
+def with_fp16(want: list[str]) -> dict[str, Any]:
+    deepspeed()  # with torch's CPU operators for fp16
+    return train(want)
+
+
+@needs_deepspeed
+def test_fp16_goes_on_with_another_engine(data: list[str], tmp_path: Path) -> None:
+    want = [*TINY, *data, "--out", str(tmp_path), "--save-every", "1", "--precision", "fp16"]
+    for first, engine in enumerate(("zero2", "fsdp2", "zero2")):
+        step = ["--engine", engine, "--steps", str(first + 1)]
+        assert pool(2).run(with_fp16, [*want, *step])[0]["first_step"] == first
