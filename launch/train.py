@@ -26,6 +26,7 @@ from launch import checkpoints, cluster, engines, folders, measure, optimizers, 
 from launch.cluster import Cluster
 from launch.data import Corpus, global_batch, load_corpus, rank_slice
 from launch.presets import family
+from launch.progress import bar_of, describe
 from launch.recipe import Recipe
 from launch.scalars import Scalars
 from launch.stopping import Stop, restarted
@@ -144,7 +145,14 @@ class Run:
                     f"{strange[0]} is of another kind of optimizer or engine: give another --out"
                 )
             return 0
-        step, extra = self.store.load(root)
+        try:
+            step, extra = self.store.load(root)
+        except ValueError as error:
+            if root != self.root:
+                raise
+            raise ValueError(
+                f"{error}; the run goes on from what --out has: give another --out to start anew"
+            ) from error
         for key, value in self.identity.items():
             if extra.get(key) != value:
                 raise ValueError(f"the checkpoint in {root} has {key} {extra.get(key)}, this run has {value}")
@@ -177,7 +185,7 @@ class Run:
         want = self.settings
         losses, whole, inner, saved, stopped = [], [], [], None, None
         title = f"{want.optimizer} on {describe(self.ranks)}"
-        with progress(first, want.steps, title, shown=self.ranks.is_first) as bar:
+        with bar_of(first, want.steps, title, shown=self.ranks.is_first) as bar:
             for number in range(first, want.steps):
                 loss, seconds, optimizer_seconds = self.step(number)
                 losses.append(loss)
@@ -211,27 +219,6 @@ class Run:
         return done == self.settings.save_at or bool(
             every and (done % every == 0 or done == self.settings.steps)
         )
-
-
-def describe(ranks: Cluster) -> str:
-    """For people: "3 ranks (cpu, gloo)"."""
-    plural = "" if ranks.world_size == 1 else "s"
-    return f"{ranks.world_size} rank{plural} ({ranks.device.type}, {ranks.backend})"
-
-
-def progress(first: int, last: int, title: str, *, shown: bool) -> tqdm:
-    """A progress bar on stderr; in a log file it writes a line only now and then."""
-    interval = 0.2 if sys.stderr.isatty() else 15.0
-    return tqdm(
-        total=last,
-        initial=first,
-        desc=title,
-        unit="step",
-        ncols=100,
-        mininterval=interval,
-        maxinterval=interval,
-        disable=not shown,
-    )
 
 
 def run(settings: argparse.Namespace, ranks: Cluster, stop: Stop) -> dict[str, Any]:

@@ -82,6 +82,14 @@ def test_commands_exist(block: Block) -> None:
             check_command(words, str(block))
 
 
+@pytest.mark.parametrize("page", ALL_PAGES, ids=name)
+def test_trainings_of_a_page_do_not_go_on_from_each_other(page: Path) -> None:
+    lines = [line for b in blocks(page) if b.tag == "bash" for line in b.text.splitlines()]
+    launched = [line for line in lines if re.search(r"launch\.train\b|launch/\w+\.s[hb]", line)]
+    folders = [re.findall(r"--out (\S+)", line) for line in launched]
+    assert all(folders) and len(set(map(tuple, folders))) == len(folders), launched
+
+
 def check_command(words: list[str], where: str) -> None:
     program, rest = words[0], words[1:]
     if program == "make":

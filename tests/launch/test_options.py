@@ -74,6 +74,12 @@ def test_options_that_the_checkpoint_has_otherwise(
     assert train([*want, "--steps", "3"])["first_step"] == 2
 
 
+def test_another_second_moment_needs_another_folder(base: list[str], tmp_path: Path) -> None:
+    want = [*base, "--out", str(tmp_path), "--save-every", "1"]
+    train([*want, "--steps", "1"])
+    assert "give another --out to start anew" in fails([*want, "--steps", "2", "--second-moment", "block"])
+
+
 def on_a_later_node(arguments: list[str]) -> Any:
     """A run that only rank 1's torchrun has started again."""
     if dist.get_rank() == 1:
