@@ -46,6 +46,7 @@ class Dcp(Canonical):
     """torch.distributed.checkpoint, written aside and renamed, because DCP leaves half of one if it dies."""
 
     folder = folders.TORCH
+    content = ".metadata"  # what one of this format has beside RUN
 
     def save(self, root: Path, step: int, extra: Extra, keep_last: int | None) -> Path:
         final, hidden = root / step_name(step), root / f".{step_name(step)}"
@@ -64,20 +65,35 @@ class Dcp(Canonical):
         return final
 
     def load(self, root: Path) -> tuple[int, Extra]:
-        path = newest_first(root)[0]
-        run = json.loads((path / RUN).read_text())
+        path, run, wrong = self._found(root)
+        if self.ranks.any(wrong is not None):
+            raise ValueError(wrong or f"another rank cannot read {root}: all must see it")
         self._read(path)
         return run["step"], run["extra"]
 
-    def _content(self) -> dict[str, Any]:
+    def _found(self, root: Path) -> tuple[Path, dict[str, Any], str | None]:
+        """The checkpoint that ``root`` is, or the newest in it; its RUN; or what is wrong with them."""
+        path = root if (root / RUN).exists() else next(iter(newest_first(root)), None)
+        if path is None:
+            return root, {}, f"there is no checkpoint in {root}: expected an --out's {self.folder}"
+        if not (path / RUN).exists() or not (path / self.content).exists():
+            lacking = f"expected {RUN} and {self.content} in it, as in those of an --out's {self.folder}"
+            return path, {}, f"{path} is of another kind of optimizer or engine, or damaged: {lacking}"
+        try:
+            run = json.loads((path / RUN).read_text())
+            return path, {"step": run["step"], "extra": run["extra"]}, None
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            return path, {}, f"{path / RUN} is damaged: {type(error).__name__}: {error}"
+
+    def _tensors(self) -> dict[str, Any]:
         parameters, states = get_state_dict(*self.engine.saved())
         return {"model": parameters, "optimizer": states}
 
     def _write(self, path: Path) -> None:
-        dcp.save(self._content(), checkpoint_id=path, no_dist=self.ranks.backend == "none")
+        dcp.save(self._tensors(), checkpoint_id=path, no_dist=self.ranks.backend == "none")
 
     def _read(self, path: Path) -> None:
-        content = self._content()
+        content = self._tensors()
         try:
             dcp.load(content, checkpoint_id=path, no_dist=self.ranks.backend == "none")
         except dcp.CheckpointException as error:  # a BaseException, of many lines
@@ -94,12 +110,13 @@ class DeepSpeedFiles(Dcp):
     """DeepSpeed's files, which only the same number of ranks and stage can read."""
 
     folder = folders.DEEPSPEED
+    content = "files"
 
     def _write(self, path: Path) -> None:
-        self.engine.model.save_checkpoint(str(path), tag="files", save_latest=False)
+        self.engine.model.save_checkpoint(str(path), tag=self.content, save_latest=False)
 
     def _read(self, path: Path) -> None:
-        self.engine.model.load_checkpoint(str(path), tag="files")
+        self.engine.model.load_checkpoint(str(path), tag=self.content)
 
 
 def _cause(error: dcp.CheckpointException) -> str:

@@ -80,6 +80,21 @@ def test_another_second_moment_needs_another_folder(base: list[str], tmp_path: P
     assert "give another --out to start anew" in fails([*want, "--steps", "2", "--second-moment", "block"])
 
 
+def test_wrong_folders_of_torchs_checkpoints(base: list[str], tmp_path: Path) -> None:
+    ours, theirs, none = tmp_path / "ours", tmp_path / "theirs", tmp_path / "none"
+    train([*base, "--out", str(ours), "--steps", "1"])
+    adamw = [*base, "--optimizer", "adamw", "--save-every", "1"]
+    train([*adamw, "--out", str(theirs), "--steps", "1"])
+    want = [*adamw, "--out", str(tmp_path / "new"), "--steps", "2", "--resume"]
+    assert f"there is no checkpoint in {none}" in fails([*want, str(none)])
+    assert f"there is no checkpoint in {theirs}" in fails([*want, str(theirs)])
+    assert "of another kind of optimizer" in fails([*want, str(ours / "checkpoints")])
+    step = theirs / "checkpoints-torch" / step_name(1)
+    assert train([*want, str(step)])["first_step"] == 1
+    (step / "run.json").write_text("[]")
+    assert "is damaged" in fails([*want, str(step.parent)])
+
+
 def on_a_later_node(arguments: list[str]) -> Any:
     """A run that only rank 1's torchrun has started again."""
     if dist.get_rank() == 1:
