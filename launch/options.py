@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -153,6 +154,27 @@ def not_fresh(out: Path) -> str | None:
     """Why --fresh is refused, if --out has checkpoints."""
     there = ", ".join(map(str, folders.of_run(out)))
     return f"--fresh overwrites nothing, and there is {there}: give another --out" if there else None
+
+
+def saves(options: argparse.Namespace) -> bool:
+    """Whether the run is to write checkpoints."""
+    return bool(options.save_every or options.save_at) and not options.check_only
+
+
+def make_folders(options: argparse.Namespace) -> str | None:
+    """Make what the run will write into, now and not after the training; why that fails, if it does."""
+    wanted = {"--out": options.out} if saves(options) or options.tensorboard else {}
+    wanted |= {"--results": options.results.parent} if options.results is not None else {}
+    for option, folder in wanted.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return f"{option}: {folder} cannot be made ({error.strerror}): give another place"
+        if not os.access(folder, os.W_OK | os.X_OK):
+            return f"{option}: {folder} cannot be written to: give another place, or mend its permissions"
+    if options.results is not None and options.results.is_dir():
+        return f"--results {options.results} is a folder: expected a file"
+    return None
 
 
 def _lacking(options: argparse.Namespace) -> list[str]:

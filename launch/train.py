@@ -49,6 +49,9 @@ class Run:
             refused = options.not_fresh(settings.out)
             if ranks.any(ranks.is_first and refused is not None):
                 raise ValueError(refused or "--fresh is refused by the first rank")
+        blocked = options.make_folders(settings) if ranks.is_first else None
+        if ranks.any(blocked is not None):
+            raise ValueError(blocked or "the first rank cannot write there")
         self.context: int = settings.config.context
         self.corpus: Corpus = load_corpus(settings.data, self.context)
         choice = optimizers.choose(
@@ -157,7 +160,7 @@ class Run:
             if extra.get(key) != value:
                 raise ValueError(f"the checkpoint in {root} has {key} {extra.get(key)}, this run has {value}")
         ahead = [path.name for path in folders.newest_first(self.root)[:1]]
-        saves = bool(want.save_every or want.save_at) and not want.check_only
+        saves = options.saves(want)
         if self.ranks.any(self.ranks.is_first and saves and ahead > [folders.step_name(step)]):
             raise ValueError(
                 f"{root} ends at step {step}, but {self.root} goes beyond it: give another --out"
@@ -279,7 +282,6 @@ def main(argv: list[str] | None = None) -> int:
     if ranks.is_first:
         say(results, ranks, stop)
         if settings.results is not None:
-            settings.results.parent.mkdir(parents=True, exist_ok=True)
             settings.results.write_text(json.dumps(results, indent=1) + "\n")
     return 0
 

@@ -80,6 +80,21 @@ def test_another_second_moment_needs_another_folder(base: list[str], tmp_path: P
     assert "give another --out to start anew" in fails([*want, "--steps", "2", "--second-moment", "block"])
 
 
+def test_what_cannot_be_written_is_noticed_before_training(base: list[str], tmp_path: Path) -> None:
+    file, free = tmp_path / "file", tmp_path / "free"
+    file.write_text("")
+    never = ["--save-every", "0", "--steps", "1"]
+    for options, message in (
+        (["--steps", "1", "--out", str(file / "run")], "cannot be made"),
+        ([*never, "--out", str(free), "--results", str(file / "a" / "b.json")], "--results: "),
+        ([*never, "--out", str(free), "--results", str(tmp_path)], "expected a file"),
+    ):
+        assert message in fails([*base, *options, "--data", "nowhere"])
+    for said in pool(2).run(fails, [*base, "--steps", "1", "--out", str(file)]):
+        assert "cannot be" in said or "first rank" in said
+    assert not free.exists()
+
+
 def test_wrong_folders_of_torchs_checkpoints(base: list[str], tmp_path: Path) -> None:
     ours, theirs, none = tmp_path / "ours", tmp_path / "theirs", tmp_path / "none"
     train([*base, "--out", str(ours), "--steps", "1"])
