@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.docs.blocks import blocks
 from tests.launch.running import ROOT, call
 
 NEEDS = {
@@ -50,6 +51,15 @@ def test_resumed_training_ends_alike(example: str, engine: str, tmp_path: Path) 
     assert whole["losses"][-3:] == resumed["losses"][-3:]
     assert whole["digest"] == resumed["digest"] and whole["lr"] == resumed["lr"]
     assert whole["losses"][-1] < whole["losses"][0] - 0.5
+
+
+def test_the_page_lets_trainer_fill_in_what_it_compares() -> None:
+    """Trainer raises where these differ from its arguments, whose defaults are others."""
+    page = blocks(ROOT / "docs" / "integrations.md")
+    settings = json.loads([b.text for b in page if b.tag == "json"][-1])
+    compared = {k: v for k, v in settings.items() if k.startswith(("train_", "gradient_"))}
+    compared |= {k: settings["optimizer"]["params"][k] for k in ("lr", "weight_decay")}
+    assert len(compared) == 5 and set(compared.values()) == {"auto"}
 
 
 @pytest.mark.slow
