@@ -32,22 +32,27 @@ else
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
     where=(--hostfile /dev/null --num_gpus "${RANKS:-2}") # "gpus" means processes
 fi
+set -m # in a process group of its own: what a terminal or batch system signals is this script
 deepspeed "${where[@]}" --master_port "${PORT:-29500}" --module launch.train "$@" &
 runner=$!
+set +m
 # On one node the deepspeed command would die of a signal and leave its ranks running, and its helper, below
 # it, would give them 30 seconds; so the ranks themselves get the signal, and all end when they have saved.
+early='' reached=''
 stop() {
     if [ -n "${HOSTFILE:-}" ]; then kill -TERM "$runner"
-    else # or whoever is there, where no rank is yet
-        pkill -TERM -P "$(pgrep -d, -P "$runner")" 2>/dev/null ||
-            pkill -TERM -P "$runner" || kill -TERM "$runner"
+    elif pkill -TERM -P "$(pgrep -d, -P "$runner")" 2>/dev/null; then reached=yes
+    elif [ -z "$reached" ]; then
+        early=143 # no rank is there yet, and deepspeed would end as if all had been done
+        kill -TERM -- "-$runner" 2>/dev/null || true
     fi
 }
-trap stop TERM INT
+trap stop TERM INT HUP
 status=0
 wait "$runner" || status=$?
 while kill -0 "$runner" 2>/dev/null; do # the wait ended by the signal
     status=0
     wait "$runner" || status=$?
 done
+if [ "$status" = 0 ] && [ -n "$early" ]; then status=$early; fi
 exit "$status"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch.folders import step_name
-from tests.launch.running import ROOT, call
+from tests.launch.running import ROOT, call, until
 
 SHELLS = ["torchrun.sh", "deepspeed.sh", "mpirun.sh", "slurm.sbatch"]
 OWN = {  # the commands that each needs
@@ -143,3 +144,52 @@ def test_mpi_joins_only_a_program(tmp_path: Path) -> None:
         done = call(sys.executable, "-m", "launch.mpi", *words)
         assert done.returncode == 1 and done.stderr.count("\n") == 1
         assert "expected a program" in done.stderr
+
+
+#: The deepspeed command, its helper and a rank: they meet signals as DeepSpeed's do.
+DEEPSPEED = """
+import pathlib, signal, subprocess, sys, time
+kind, folder = (sys.argv[1:3] if sys.argv[1] in ("helper", "rank") else ("command", sys.argv[-1]))
+if kind == "rank":
+    def save(*_):
+        time.sleep(1)
+        pathlib.Path(folder, "saved").touch()
+        sys.exit(0)
+    signal.signal(signal.SIGTERM, save)
+    pathlib.Path(folder, "ready").touch()
+    time.sleep(30)
+if kind == "command" or not pathlib.Path(folder, "early").exists():
+    child = subprocess.Popen([sys.executable, __file__, "helper" if kind == "command" else "rank", folder])
+    if kind == "helper":
+        def end(*_):
+            child.terminate()
+            sys.exit(1)
+        signal.signal(signal.SIGTERM, end)
+        signal.signal(signal.SIGINT, end)
+    sys.exit(max(0, child.wait()))
+pathlib.Path(folder, "ready").touch()
+time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["ranks", "early"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_of_deepspeed(number: signal.Signals, early: bool, bare: Bare) -> None:
+    """To its whole process group, as a terminal's Ctrl-C: the ranks save, then the script ends with 0; where
+    there is no rank yet, with another status."""
+    bare.python()
+    (bare.folder / "deepspeed.py").write_text(DEEPSPEED)
+    bare.put("deepspeed", f'exec "{sys.executable}" deepspeed.py "$@"')
+    for tool in ("pgrep", "pkill"):
+        (bare.bin / tool).symlink_to(str(shutil.which(tool)))
+    if early:
+        (bare.folder / "early").touch()
+    run = subprocess.Popen(
+        [str(bare.bin / "bash"), "launch/deepspeed.sh", "--out", str(bare.folder)],
+        env={"PATH": str(bare.bin), "HOME": str(bare.folder)}, cwd=bare.folder, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    until((bare.folder / "ready").exists, 60)
+    os.killpg(run.pid, number)
+    assert (run.wait(30) == 0) != early
+    assert (bare.folder / "saved").exists() != early
