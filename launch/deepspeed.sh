@@ -18,7 +18,8 @@ command -v python >/dev/null || fail "python is not on PATH: run 'make env', or 
 command -v deepspeed >/dev/null ||
     fail "deepspeed is not on PATH: DS_BUILD_OPS=0 pip install deepspeed==0.19.8"
 case " $* " in *" --help "* | *" -h "*) exec python -m launch.options --help ;; esac
-python -m launch.options "$@" >&2 || exit 2 # wrong options end here, once, and not on every rank
+export LAUNCH_INTEGERS="RANKS PORT"
+python -m launch.options "$@" >&2 || exit 2 # what is wrong ends here, once, and not on every rank
 
 if [ -n "${HOSTFILE:-}" ]; then
     [ -f "$HOSTFILE" ] || fail "HOSTFILE=$HOSTFILE: no such file; see launch/hostfile.example"

@@ -19,7 +19,8 @@ command -v mpirun >/dev/null || fail "mpirun is not on PATH: load your MPI, or p
 python -c "import importlib.util as u, sys; sys.exit(u.find_spec('mpi4py') is None)" ||
     fail "mpirun needs mpi4py: pip install mpi4py"
 case " $* " in *" --help "* | *" -h "*) exec python -m launch.options --help ;; esac
-python -m launch.options "$@" >&2 || exit 2 # wrong options end here, once, and not on every rank
+export LAUNCH_INTEGERS="RANKS"
+python -m launch.options "$@" >&2 || exit 2 # what is wrong ends here, once, and not on every rank
 
 # shellcheck disable=SC2086  # MPIARGS is several words
 exec mpirun -n "${RANKS:-2}" ${MPIARGS:-} python -m launch.train "$@"

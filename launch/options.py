@@ -186,16 +186,37 @@ def _lacking(options: argparse.Namespace) -> list[str]:
     return [name for name in needed if importlib.util.find_spec(name) is None]
 
 
+def _wrong(options: argparse.Namespace) -> str | None:
+    """What else can be told before ranks start: names of specs, places, the launcher's variables."""
+    for name in os.environ.get("LAUNCH_INTEGERS", "").split():  # those that the calling script reads
+        least, text = int(name == "RANKS"), os.environ.get(name, "")
+        if text and not (text.isascii() and text.isdigit() and int(text) >= least):
+            return f"{name}={text}: expected a number from {least}"
+    if options.second_moment is not None:
+        from shard4bit.spec import parse_spec
+
+        try:
+            parse_spec(options.second_moment, signed=False, argument="--second-moment")
+        except ValueError as error:
+            return str(error)
+    if options.data is not None and not options.data.exists():
+        return f"--data {options.data}: no such file or folder"
+    if options.resume is not None and not options.resume.is_dir() and not restarted():
+        return f"--resume {options.resume}: no such folder"
+    return not_fresh(options.out) if options.fresh and not restarted() else None
+
+
 def main() -> None:
-    """Check the command line, --out and what is installed here; leave with status 2 for what is wrong."""
+    """Check the command line, variables, places and what is installed here; leave with status 2 for what is
+    wrong."""
     options = parse()
     parser = make_parser()
     lacking = _lacking(options)
     if lacking:
         parser.error(f"not installed in {sys.prefix}: {', '.join(lacking)}; run 'make env', or pip install")
-    refused = not_fresh(options.out) if options.fresh and not restarted() else None
-    if refused:
-        parser.error(refused)
+    wrong = _wrong(options)
+    if wrong:
+        parser.error(wrong)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ fail() { echo "launch/torchrun.sh: error: $1" >&2; exit 2; }
 command -v python >/dev/null || fail "python is not on PATH: run 'make env', or activate an environment"
 command -v torchrun >/dev/null || fail "torchrun is not on PATH: run 'make env', or install torch"
 case " $* " in *" --help "* | *" -h "*) exec python -m launch.options --help ;; esac
-python -m launch.options "$@" >&2 || exit 2 # wrong options end here, once, and not on every rank
+export LAUNCH_INTEGERS="RESTARTS NODES"
+[ "${RANKS:-}" = gpu ] || LAUNCH_INTEGERS+=" RANKS"
+python -m launch.options "$@" >&2 || exit 2 # what is wrong ends here, once, and not on every rank
 
 # How long a stopped run has for its last checkpoint, in seconds; torchrun's own 30 are few for large models.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}

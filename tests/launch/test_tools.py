@@ -104,11 +104,35 @@ def test_wrong_arguments(script: str, bare: Bare) -> None:
     assert helped.returncode == 0 and "--save-every" in helped.stdout and "started" not in helped.stderr
 
 
+@pytest.mark.parametrize("script", SHELLS)
+def test_wrong_numbers_of_ranks(script: str, bare: Bare) -> None:
+    bare.python()
+    for tool in OWN[script]:
+        bare.put(tool)
+    if script == "mpirun.sh":
+        pytest.importorskip("mpi4py", reason="mpirun.sh asks for mpi4py first")
+    for wrong in ("abc", "0", "-1", "1.5", *(["gpu"] if script in ("deepspeed.sh", "mpirun.sh") else [])):
+        refused(bare.run(script, RANKS=wrong), f"RANKS={wrong}: expected a number from 1")
+    assert "started" in bare.run(script, RANKS="3", SLURM_JOB_NODELIST="", SLURM_JOB_ID="1").stderr
+    if script == "torchrun.sh":
+        assert "started" in bare.run(script, RANKS="gpu").stderr
+
+
+def test_what_is_checked_before_ranks_are_started(tmp_path: Path) -> None:
+    for options, message in (
+        (["--second-moment", "rank2"], "--second-moment='rank2': expected"),
+        (["--data", "nowhere"], "--data nowhere: no such file"),
+        (["--resume", "nowhere"], "--resume nowhere: no such folder"),
+    ):
+        refused(call(sys.executable, "-m", "launch.options", *options), message)
+
+
 def test_wrong_variables(bare: Bare) -> None:
     bare.python()
     for tool in ("torchrun", "deepspeed", "srun", "scontrol"):
         bare.put(tool)
     refused(bare.run("torchrun.sh", NODES="2"), "NODES=2 needs HEAD")
+    refused(bare.run("torchrun.sh", RESTARTS="x"), "RESTARTS=x: expected a number from 0")
     refused(bare.run("deepspeed.sh", HOSTFILE="nowhere"), "HOSTFILE=nowhere: no such file")
     example = "launch/hostfile.example"
     refused(bare.run("deepspeed.sh", HOSTFILE=example), "pdsh is not on PATH")
