@@ -118,6 +118,8 @@ def test_native_checkpoints_of_another_layout_are_refused(tmp_path: Path) -> Non
     for outcome in pool(2).outcomes(loads_natively, str(tmp_path), other):
         assert outcome[0] == "error" and isinstance(outcome[1], StateError), outcome[:2]
         assert "the saved state lacks" in str(outcome[1])
+    same = {"stage": 1, "zero": {"reduce_bucket_size": 1000, "overlap_comm": True}}  # who holds what
+    assert all(outcome[0] == "ok" for outcome in pool(2).outcomes(loads_natively, str(tmp_path), same))
     for outcome in pool(3).outcomes(loads_natively, str(tmp_path), {"stage": 2}):
         assert outcome[0] == "error" and "dp world size" in str(outcome[1]).lower(), outcome[:2]
 

@@ -16,6 +16,7 @@ import pytest
 
 from benchmarks.memory import on_a_rank
 from benchmarks.shapes import Shapes, gpt2_small, llama, llama_7b, lora
+from shard4bit.cli.main import main
 from tests.docs.blocks import ALL_PAGES, PAGES, ROOT, Block, blocks
 
 TAGS = {"python", "bash", "json", "text"}  # run, checked, parsed, not code
@@ -149,6 +150,13 @@ def test_links_lead_somewhere(page: Path) -> None:
             titles = re.findall(r"^#+ (.*)$", goal.read_text(encoding="utf-8"), re.M)
             anchors = {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
             assert anchor in anchors, f"{name(page)}: {target}: no such heading"
+
+
+def test_the_page_on_memory_shows_what_its_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    found = blocks(ROOT / "docs" / "memory.md")
+    command = next(b for b in found if b.tag == "bash").text.splitlines()[0]
+    assert main(shlex.split(command)[3:]) == 0
+    assert next(b for b in found if b.tag == "text").text.strip() == capsys.readouterr().out.strip()
 
 
 def table_rows(text: str) -> list[list[str]]:
