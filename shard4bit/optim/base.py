@@ -128,9 +128,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             validate.not_replaced(params, self.__dict__.get("_given"))  # (not there after unpickling)
             self._drop_replaced(params)
         for index, group in enumerate(self.param_groups):
-            names = group.get("param_names") or [
-                f"param_groups[{index}]['params'][{i}]" for i in range(len(group["params"]))
-            ]
+            unnamed = [f"param_groups[{index}]['params'][{i}]" for i in range(len(group["params"]))]
+            names = group.get("param_names") or unnamed
             self._check_group(group)  # which may have been changed since it was added
             for param, name in zip(group["params"], names, strict=True):
                 wanted = param.requires_grad or param in frozen or self.state.get(param)
@@ -259,9 +258,10 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         LayoutError, on all ranks, where a column cut does not allow codes to be DTensors."""
         check_shown(self.bind())
         out = super().state_dict()
+        out["state"] = {i: dict(entry) for i, entry in out["state"].items()}  # to be edited without harm
         number = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
         for param, entries in gathered(self.bind()).items():
-            out["state"][number[param]] = {**out["state"][number[param]], **entries}
+            out["state"][number[param]].update(entries)
         return out
 
     @torch.no_grad()

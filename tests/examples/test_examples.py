@@ -19,7 +19,6 @@ NEEDS = {
     "lightning_train": ("lightning", "transformers"),
 }
 CASES = [(example, engine) for example in NEEDS for engine in ("fsdp2", "fsdp1", "zero1", "zero2")]
-QUICK = ("accelerate_train", "fsdp2")  # of `make test`; each case takes 20 to 30 s
 
 
 def needs(example: str, engine: str) -> None:
@@ -37,11 +36,9 @@ def ran(example: str, *options: str, ranks: int = 2) -> dict[str, Any]:
     return json.loads(lines[0])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # on a busy machine
-@pytest.mark.parametrize(
-    "example, engine",
-    [pytest.param(*case, marks=[] if case == QUICK else [pytest.mark.slow]) for case in CASES],
-)
+@pytest.mark.parametrize("example, engine", CASES)
 def test_resumed_training_ends_alike(example: str, engine: str, tmp_path: Path) -> None:
     needs(example, engine)
     common = ["--engine", engine, "--folder", str(tmp_path)]

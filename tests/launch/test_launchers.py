@@ -39,9 +39,8 @@ def check(results: dict[str, Any], want: dict[str, Any], first: int = 0) -> None
     assert results["world_size"] == want["world_size"]
 
 
-@pytest.mark.parametrize(
-    "fresh", [[], pytest.param(["--fresh"], marks=pytest.mark.slow)], ids=["default", "fresh"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fresh", [[], ["--fresh"]], ids=["default", "fresh"])
 def test_torchrun_brings_a_killed_rank_back(
     fresh: list[str], options: list[str], undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -67,6 +67,18 @@ def test_memory_is_free_after_bind() -> None:
     assert not any(tensor() is not None for tensor in held)
 
 
+def test_a_state_dict_may_be_edited() -> None:
+    """Its entries are copies, as far as maps go: whoever changes one does not change the optimizer."""
+    model = model_of()
+    ours = AdamW4bit(model.parameters())
+    run(model.parameters(), ours, range(2))
+    before = snapshot(model.parameters(), ours)
+    for entry in ours.state_dict()["state"].values():
+        entry.update({key: torch.zeros(3) for key in list(entry)[1:]}, note=1)
+    assert_same(snapshot(model.parameters(), ours), before)
+    run(model.parameters(), ours, range(1))
+
+
 def test_other_values_count() -> None:
     """What was put there is used, not only shown."""
     model, twin = model_of(), model_of()
