@@ -87,6 +87,7 @@ class StepPlan:
         self.groups, self.params = list(groups), [list(g["params"]) for g in groups]
         self.asked = list(map(_specs, groups))
         self.unbound = [p for params in self.params for p in params if p not in bound]  # frozen ones
+        self.waiting = [p for p in self.unbound if p.grad is None]  # (others were left out in spite of one)
         self.members = members = [
             (b, b.placed.overriding(g)) for g in groups for p in g["params"] for b in bound.get(p, ())
         ]
@@ -127,7 +128,8 @@ class StepPlan:
                 len(group["params"]) == len(params) and all(map(is_, group["params"], params))
                 for group, params in zip(groups, self.params, strict=True)
             )
-            and not any(p.requires_grad or p.grad is not None for p in self.unbound)
+            and not any(p.requires_grad for p in self.unbound)
+            and not any(p.grad is not None for p in self.waiting)
         )
 
     def run(self) -> None:

@@ -238,6 +238,19 @@ def test_tensors_that_require_no_gradient_but_have_one() -> None:
     assert not torch.equal(tensors[1], normal((70, 80), 1))
 
 
+def test_plans_are_kept() -> None:
+    """With a frozen parameter that gets a gradient, and one that has had one from the beginning."""
+    frozen = [nn.Parameter(normal((70, 80), i).clone(), requires_grad=False) for i in range(2)]
+    trained = nn.Parameter(normal((70, 80), 5).clone())
+    frozen[0].grad = torch.ones(70, 80)
+    ours = AdamW4bit([*frozen, trained])
+    run([trained], ours, range(3))
+    assert len(ours._plans) == 1
+    run([frozen[1], trained], ours, range(3))
+    assert len(ours._plans) == 1 and ours.state[frozen[1]]["step"] == 3
+    assert ours.state[frozen[0]]["step"] == 6  # as in torch: what has a gradient steps
+
+
 @pytest.mark.parametrize("option, value", [("lr", "x"), ("betas", (0.9, 1.0)), ("rounding", "bogus")])
 def test_bad_options_of_a_saved_state(option: str, value: Any) -> None:
     ours = AdamW4bit(model_of().parameters())
