@@ -12,7 +12,7 @@ def _neutral(state: Mapping[str, Any]) -> State | None:
     """scale; clean: steps since it last changed; hysteresis: DeepSpeed's. From this form, torch's or
     DeepSpeed's own, which earlier checkpoints have; None for what is none of them."""
     if "loss_scale" in state:
-        return dict(state["loss_scale"])
+        return state["loss_scale"] and dict(state["loss_scale"])
     if "scale" in state:
         return {"scale": state["scale"], "clean": state.get("_growth_tracker", 0)}
     if "cur_scale" in state:
