@@ -2,8 +2,10 @@
 
 Takes the parameter shapes of the 1.1 B Llama-style model (--scale N: their dimensions divided by N), sharded
 by FSDP2 or FSDP1, with fresh random gradients before every step. Prints, for rank 0, one JSON line a case:
-milliseconds of a step (CUDA events, and wall; medians), of its kernels and of its collectives, bytes of
-state, bytes that the step communicates, and the memory that saving and loading need above the steady state.
+milliseconds of a step from an idle GPU (CUDA events, and wall; medians) and of one among many in a row
+(row_ms, without waiting between them, as after a backward that keeps the GPU busy), of its measure and apply
+kernels (two_ms), of all its kernels and of its collectives by the profiler, bytes of state, bytes that the
+step communicates, and the memory that saving and loading need above the steady state.
 """
 
 from __future__ import annotations
@@ -105,6 +107,11 @@ class Clock:
         wall = (time.perf_counter() - begin) * 1e3
         return (a.elapsed_time(b) if self.cuda else wall), wall
 
+    def in_a_row(self, step: Any, count: int) -> float:
+        """Milliseconds of a step among ``count``, without waiting for the device between them."""
+        step()
+        return self.measure(lambda: [step() for _ in range(count)])[0] / count
+
     def extra(self, work: Any) -> tuple[float, float, float]:
         """(seconds, MB of GPU memory, MB of host memory) that ``work`` needs above what there is."""
         self.synchronize()
@@ -129,7 +136,7 @@ def _host_mb(what: str) -> float:
 
 
 def by_kind(step: Any, clock: Clock, count: int) -> dict[str, float]:
-    """GPU milliseconds a step of kernels and of collectives, by the profiler."""
+    """GPU milliseconds a step of measure and apply, of all kernels, of collectives, by the profiler."""
     if not clock.cuda:
         return {}
     from torch.profiler import ProfilerActivity, profile
@@ -139,9 +146,12 @@ def by_kind(step: Any, clock: Clock, count: int) -> dict[str, float]:
             step()
         torch.cuda.synchronize()
     events = [e for e in trace.events() if "cuda" in str(e.device_type).lower()]
-    nccl = sum(e.device_time_total for e in events if "nccl" in e.name.lower())
-    total = sum(e.device_time_total for e in events)
-    return {"kernel_ms": round((total - nccl) / 1e3 / count, 3), "nccl_ms": round(nccl / 1e3 / count, 3)}
+    spent = {
+        "two_ms": [e for e in events if e.name in ("measure", "apply")],
+        "kernel_ms": [e for e in events if "nccl" not in e.name.lower()],
+        "nccl_ms": [e for e in events if "nccl" in e.name.lower()],
+    }
+    return {k: round(sum(e.device_time_total for e in v) / 1e3 / count, 3) for k, v in spent.items()}
 
 
 def state_bytes(optimizer: Any) -> int:
@@ -165,6 +175,7 @@ def run_case(engine: str, name: str, shapes: Shapes, device: torch.device, steps
         "ranks": dist.get_world_size(),
         "event_ms": round(statistics.median(events), 3),
         "wall_ms": round(statistics.median(walls), 3),
+        "row_ms": round(clock.in_a_row(optimizer.step, steps), 3),
         **by_kind(optimizer.step, clock, 4),
         "state_mb": round(state_bytes(optimizer) / 1e6, 1),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -56,6 +56,24 @@ class Works(list[Work]):
         self.version = 0
 
 
+class Agreement(Protocol):
+    """What the ranks of a step have agreed on between measure and apply: on the device before the host knows.
+
+    flags: (1 + works with links,) float32, on their device: whether a rank failed, so that nothing may be
+        applied anywhere; then of each work whether a rank has a gradient.
+    places: of the works in it, by ``id``.
+    """
+
+    @property
+    def flags(self) -> Tensor: ...
+
+    @property
+    def places(self) -> Mapping[int, int]: ...
+
+    def settle(self) -> None:
+        """Wait for it and set ``work.active``. Raises RuntimeError if another rank failed."""
+
+
 class Backend(Protocol):
     """measure -> reduce -> apply. Implementations hold no state of the optimizer.
 
@@ -70,8 +88,9 @@ class Backend(Protocol):
     def measure(self, rule: Rule, works: Works) -> None:
         """Fill ``work.fresh`` with the statistics that apply cannot know from one pass."""
 
-    def apply(self, rule: Rule, works: Works) -> None:
-        """Update the parameters of active works and store their new moments under the reduced statistics."""
+    def apply(self, rule: Rule, works: Works, agreed: Agreement | None = None) -> None:
+        """Update the parameters of active works and store their new moments under the reduced statistics.
+        agreed: says which are active, if they have links; else they say it themselves."""
 
     def decode(self, moment: Moment) -> Tensor:
         """The moment's values, float32, dense (``slab.numel``,)."""

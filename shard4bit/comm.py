@@ -6,9 +6,10 @@ is the float order with NaN on top; a float MAX may drop NaN.
 
 from __future__ import annotations
 
-import operator
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter, is_
 from typing import Protocol
 
 import torch
@@ -21,6 +22,7 @@ from shard4bit.maths.normalize import NAN
 from shard4bit.spec import Factored, Full, MomentSpec, QuantSpec
 
 Index = tuple[slice, ...]
+_ACTIVE = attrgetter("active")
 
 
 class Group(Protocol):
@@ -132,60 +134,106 @@ def _blocks(neighbours: Neighbours, slab: Slab, size: int) -> list[tuple[str, in
 
 
 def reduce(works: Sequence[Work], failure: BaseException | None = None) -> None:
-    """``Reduction(works).run(failure)``, for works that come once."""
-    Reduction(works).run(failure)
+    """A reduction, settled at once, for works that come once."""
+    reduction = Reduction(works)
+    reduction.run(failure)
+    reduction.settle()
 
 
 class Reduction:
     """Completes ``work.fresh`` of one list of works over all ranks and settles ``work.active``. Made once
-    for the steps of that list, because it keeps the vectors. Without links it communicates nothing."""
+    for the steps of that list, because it keeps the vectors. Without links it communicates nothing.
+
+    What ranks agree on stays on the device: whoever applies there (see ``backend.Agreement``) need not wait
+    until the host has read it.
+    """
 
     def __init__(self, works: Sequence[Work]) -> None:
+        self.works = [work for work in works if work.links]
+        self.places = {id(work): 1 + i for i, work in enumerate(self.works)}
         members: dict[Group, list[tuple[Work, Link]]] = {}
-        for work in works:
+        for work in self.works:
             for link in work.links:
                 members.setdefault(link.group, []).append((work, link))
-        self.groups = [_GroupReduction(group, linked) for group, linked in members.items()]
+        device = self.works[0].param.device if self.works else torch.device("cpu")
+        self.flags = torch.zeros(1 + len(self.works), device=device)
+        self.groups = [
+            _GroupReduction(group, linked, [0, *(self.places[id(work)] for work, _ in linked)], self.flags)
+            for group, linked in members.items()
+        ]
+        self.said = [False] * len(self.flags)  # what this rank says, as ``own`` has it
+        self.own = torch.zeros_like(self.flags)
+        self.read = torch.zeros_like(self.flags, device="cpu", pin_memory=device.type == "cuda")
+        self.copied = torch.cuda.Event() if device.type == "cuda" else None
+        self.open = False
 
     def run(self, failure: BaseException | None = None) -> None:
         """Collective. A rank that failed earlier takes part nevertheless, with ``failure``: it raises that
-        afterwards, and every other rank of its groups raises RuntimeError, so that nobody waits for it."""
-        elsewhere = False
-        for group in self.groups:
-            elsewhere |= group.run(failed=failure is not None or elsewhere)
+        afterwards, and every other rank of its groups raises RuntimeError in ``settle``, so that nobody
+        waits for it."""
+        if self.groups:
+            said = [failure is not None, *map(_ACTIVE, self.works)]
+            if said != self.said:
+                self.said = said
+                self.own.copy_(torch.tensor(said, dtype=torch.float32))
+            self.flags.copy_(self.own)
+            for group in self.groups:
+                group.run(self.flags, absent=failure is not None)
+            self.read.copy_(self.flags, non_blocking=True)
+            if self.copied is not None:
+                self.copied.record(torch.cuda.current_stream(self.flags.device))
+            self.open = True
         if failure is not None:
             raise failure
-        if elsewhere:
+
+    def settle(self) -> None:
+        """Wait for what the ranks agreed on, and set ``work.active``. Raises RuntimeError if another rank
+        failed. Nothing if it was called already."""
+        if not self.open:
+            return
+        self.open = False
+        if self.copied is not None:
+            self.copied.synchronize()
+        any_failed, *active = self.read.tolist()
+        for work, flag in zip(self.works, active, strict=True):
+            work.active = bool(flag)
+        if any_failed:
             raise RuntimeError("the optimizer step failed on another rank; see that rank's error")
 
 
 class _GroupReduction:
-    """Of one group."""
+    """Of one group. places: of its flags (failure, each work's gradient) among those of all groups."""
 
-    def __init__(self, group: Group, linked: Sequence[tuple[Work, Link]]) -> None:
-        self.group, self.works = group, [work for work, _ in linked]
+    def __init__(
+        self, group: Group, linked: Sequence[tuple[Work, Link]], places: list[int], flags: Tensor
+    ) -> None:
+        self.group = group
         shares = [(work, share) for work, link in linked for share in link.shares]
-        device = self.works[0].param.device
-        flags = 1 + len(self.works)
-        self.maxima = _Vector([p for p in shares if not p[1].is_sum], torch.float32, flags, device)
+        device = linked[0][0].param.device
+        self.maxima = _Vector([p for p in shares if not p[1].is_sum], torch.float32, len(places), device)
         self.sums = _Vector([p for p in shares if p[1].is_sum], torch.float64, 0, device)
+        every = places == list(range(len(flags)))  # the usual case: all works in one group
+        self.places = None if every else torch.tensor(places, device=flags.device)
+        self.picked = flags if every else torch.zeros(len(places), device=flags.device)
 
-    def run(self, *, failed: bool) -> bool:
-        """MAX of the flags (failure, gradient present) and the maxima, SUM of the sums. Returns whether any
-        rank failed."""
-        flags = [float(failed), *(float(work.active) for work in self.works)]
-        vector = self.maxima.collect(flags, absent=failed)
-        vector.masked_fill_(vector.isnan(), NAN)  # a negative NaN would lose to every number
+    def run(self, flags: Tensor, *, absent: bool) -> None:
+        """MAX of the flags and the maxima, SUM of the sums, all in the order of the current stream. Groups
+        run one after another: what one has settled of ``flags`` the next one starts from."""
+        vector = self.maxima.collect(absent=absent)
+        head = vector[: len(self.picked)]
+        if self.places is not None:
+            torch.index_select(flags, 0, self.places, out=self.picked)
+        head.copy_(self.picked)
+        vector.nan_to_num_(NAN, math.inf, -math.inf)  # a negative NaN would lose to every number
         self.group.all_reduce(vector.view(torch.int32), maximum=True)
+        self.picked.copy_(head)
+        if self.places is not None:
+            flags.index_copy_(0, self.places, self.picked)
         if self.sums.shares:
-            self.group.all_reduce(self.sums.collect([], absent=failed), maximum=False)
-        if not failed:  # before the flags are read, for which the host waits
+            self.group.all_reduce(self.sums.collect(absent=absent), maximum=False)
+        if not absent:
             self.maxima.deliver()
             self.sums.deliver()
-        any_failed, *active = vector[: len(flags)].tolist()
-        for work, flag in zip(self.works, active, strict=True):
-            work.active = bool(flag)
-        return bool(any_failed)
 
 
 class _Vector:
@@ -202,11 +250,10 @@ class _Vector:
         self.views: list[Tensor] = []  # this rank's shares in ``work.fresh``
         self.slots: list[Tensor] = []  # the same in ``values``
 
-    def collect(self, flags: list[float], *, absent: bool) -> Tensor:
-        """The vector as this rank has it; zeros for what it lacks, or all but the flags if ``absent``."""
-        self.values.zero_()
-        if flags:
-            self.values[: self.room].copy_(torch.tensor(flags), non_blocking=True)
+    def collect(self, *, absent: bool) -> Tensor:
+        """The vector as this rank has it, but for the flags; zeros for what it lacks, or if ``absent``."""
+        if absent or len(self.held) < len(self.shares):
+            self.values.zero_()
         if not absent:
             self._look()
             if self.views:
@@ -221,7 +268,7 @@ class _Vector:
     def _look(self) -> None:
         """Make the views, if a back end does not keep its statistics where they were."""
         found = [work.fresh[share.moment][share.stat] for work, share in self.held]
-        if len(found) == len(self.known) and all(map(operator.is_, found, self.known)):
+        if len(found) == len(self.known) and all(map(is_, found, self.known)):
             return
         self.known = found
         self.views = [t[s.index] for t, (_, s) in zip(found, self.held, strict=True) if s.index is not None]

@@ -15,7 +15,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from shard4bit.backend import Work
+from shard4bit.backend import Agreement, Work
 from shard4bit.layout import Piece, block_pieces
 from shard4bit.maths import normalize
 from shard4bit.maths.mapping import codec, encode
@@ -224,7 +224,9 @@ class ReferenceBackend:
                     for window in _measured_windows(moment, work):
                         _measure_window(rule, work, i, window)
 
-    def apply(self, rule: Rule, works: Sequence[Work]) -> None:
+    def apply(self, rule: Rule, works: Sequence[Work], agreed: Agreement | None = None) -> None:
+        if agreed is not None:
+            agreed.settle()
         for work in works:
             if not work.active:
                 continue

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shard4bit.backend import Backend, Work, Works
-from shard4bit.comm import make_link, reduce
+from shard4bit.comm import Reduction, make_link
 from shard4bit.layout import Neighbours, Slab
 from shard4bit.maths.update import Rule
 from shard4bit.reference import ReferenceBackend
@@ -96,9 +96,10 @@ class Rank:
         )
         works = Works([work])
         self.backend.measure(rule, works)
-        reduce(works)
-        if work.active:
-            self.backend.apply(rule, works)
+        reduction = Reduction(works)
+        reduction.run()
+        self.backend.apply(rule, works, reduction)
+        reduction.settle()
 
 
 def take(whole: Tensor, slab: Slab) -> Tensor:

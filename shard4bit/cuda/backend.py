@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shard4bit.backend import Work, Works
+from shard4bit.backend import Agreement, Work, Works
 from shard4bit.cuda import tables
 from shard4bit.cuda.plan import (
     FIRST,
@@ -112,15 +112,15 @@ class KernelBackend:
         if others:
             self.reference.measure(rule, others)
 
-    def apply(self, rule: Rule, works: Works) -> None:
+    def apply(self, rule: Rule, works: Works, agreed: Agreement | None = None) -> None:
         batches, others = self._planned(rule, works)
         for batch in batches:
-            if batch.linked and list(map(_ACTIVE, batch.works)) != batch.active:  # the reduction changed it
-                self._upload(batch, works.version)
+            if agreed is not None and agreed.places:
+                self._agree(batch, works.version, agreed)
             for launch in batch.applying:
                 self.runtime.launch(*launch)
         if others:
-            self.reference.apply(rule, others)
+            self.reference.apply(rule, others, agreed)
 
     def decode(self, moment: Moment) -> Tensor:
         first, second = moment.spec == FIRST, kind_of_second(moment.spec)
@@ -182,7 +182,7 @@ class KernelBackend:
         except TypeError:  # some have none
             table.grads[:] = [0 if w.grad is None else w.grad.data_ptr() for w in works]
         if batch.linked or not known:
-            table.live["active"] = batch.active = list(map(_ACTIVE, works))
+            table.live["active"] = list(map(_ACTIVE, works))
             batch.version = version
         if batch.counts is None:
             for at, work in enumerate(batch.leaders):
@@ -191,6 +191,19 @@ class KernelBackend:
             self._pack_recipes(batch)
         used = table.used(len(batch.leaders))
         self.runtime.upload(used, batch.live_at, capturable=batch.counts is not None)
+
+    def _agree(self, batch: Batch, version: int, agreed: Agreement) -> None:
+        """Bring the activity of this step up to date, on the device, without waiting for it."""
+        if agreed.flags.device != batch.live_at.device:
+            agreed.settle()
+            self._upload(batch, version)
+            return
+        if batch.agreement is None or batch.agreement[0] is not agreed:
+            places = np.array([agreed.places.get(id(work), 0) for work in batch.works], np.int32)
+            batch.agreement = agreed, self.runtime.upload(places)
+        count = len(batch.works)
+        args = (batch.live_at.data_ptr(), batch.agreement[1].data_ptr(), agreed.flags.data_ptr())
+        self.runtime.launch(vectors_text(), "agree", -(-count // 128), 128, (*args, np.int32(count)))
 
     def _leaders(self, batch: Batch) -> list[Work]:
         """One work for all of the same scalars; the others point to its record."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shard4bit.backend import Work
+from shard4bit.backend import Agreement, Work
 from shard4bit.cuda import tables
 from shard4bit.cuda.source import Config
 from shard4bit.layout import Slab
@@ -111,7 +111,7 @@ class Batch:
     tiles: dict[str, tuple[Tensor, int]]
     zeroed: Tensor  # workspace that measure starts from zero
     keep: list[Tensor]  # memory that the tables point to
-    active: list[bool]  # of each work, as last uploaded
+    agreement: tuple[Agreement, Tensor] | None  # that was last applied, and the places of the works in it
     version: int  # of the works, when the table was last filled
     leaders: list[Work]  # one for each record that is uploaded
     measuring: list[Launch]  # the same in every step, as the memory stays
@@ -185,7 +185,7 @@ class BatchBuilder:
             tiles=tiles,
             zeroed=pools["zeroed"],
             keep=[*pools.values(), *numbers, computed, *counts],
-            active=[],
+            agreement=None,
             version=-1,
             leaders=[],
             measuring=[],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shard4bit.backend import Work, Works
-from shard4bit.comm import Group, make_link, reduce
+from shard4bit.comm import Group, Reduction, make_link
 from shard4bit.dispatch import backend_for
 from shard4bit.layout import Neighbours, Slab
 from shard4bit.maths.update import SGD
@@ -55,11 +55,14 @@ def encode(
             failure = error
     if failure is not None and not links:
         return failure
-    reduce(works, failure)
+    reduction = Reduction(works)
+    reduction.run(failure)
     if isinstance(moment.spec, Factored):
+        reduction.settle()
         _store_means(moment, work.fresh[0])
     else:
-        backend.apply(SGD, works)
+        backend.apply(SGD, works, reduction)
+        reduction.settle()
     return None
 
 

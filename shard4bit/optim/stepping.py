@@ -155,7 +155,8 @@ class StepPlan:
                 failure = error
         self.reduction.run(failure)
         for rule, batch in self.batches:
-            backend_for(batch[0].param.device).apply(rule, batch)
+            backend_for(batch[0].param.device).apply(rule, batch, self.reduction)
+        self.reduction.settle()  # the device goes on meanwhile
         self._finish()
 
     def _gather(self) -> BaseException | None:

@@ -88,7 +88,7 @@ def test_other_configurations_on_other_gpus(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", nvrtc.ARCHITECTURES)
 def test_vectors(arch: str) -> None:
-    kernels = ("commit", "gather_sums", "total", "advance_means")
+    kernels = ("agree", "commit", "gather_sums", "total", "advance_means")
     assert violations(vectors_text(), arch, dict.fromkeys(kernels, VECTORS)) == []
 
 

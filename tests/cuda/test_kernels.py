@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from shard4bit.backend import Work, Works
-from shard4bit.comm import reduce
+from shard4bit.comm import Reduction
 from shard4bit.layout import Neighbours, Slab
 from shard4bit.maths.update import ADAMW, SGD
 from shard4bit.reference import ReferenceBackend
@@ -139,5 +139,7 @@ def test_ranks_without_a_gradient(names: tuple[str, str], holder: int | None) ->
 
 def _step(backend: Any, works: Works) -> None:
     backend.measure(ADAMW, works)
-    reduce(works)
-    backend.apply(ADAMW, works)
+    reduction = Reduction(works)
+    reduction.run()
+    backend.apply(ADAMW, works, reduction)
+    reduction.settle()

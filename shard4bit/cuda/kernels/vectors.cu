@@ -9,6 +9,17 @@ DEVICE bool find_tile(const Tile* tiles, const Live* lives, Tile& tile) {
   return lives[tile.slab].active;
 }
 
+// What ranks agreed on becomes a batch's activity. places: of each work's flag, 0 where it has no other ranks;
+// flags[0]: a rank failed, so that nothing may change.
+extern "C" __global__ void agree(Live* lives, const i32* places, const float* flags, i32 count) {
+  i32 i = (i32)(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i >= count) return;
+  if (flags[0] != 0.0f)
+    lives[i].active = 0;
+  else if (places[i] != 0)
+    lives[i].active = flags[places[i]] != 0.0f;
+}
+
 // Rank-1: settled new maxima become the state.
 extern "C" __global__ void commit(const Tile* tiles, const Slab* slabs, const Live* lives) {
   Tile tile;
