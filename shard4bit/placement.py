@@ -8,7 +8,7 @@ import sys
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,13 @@ from shard4bit.state import Part
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
+class Flat(Protocol):
+    """A tensor that holds parameters, or parts of them, one after the other."""
+
+    def grad(self) -> Tensor | None:
+        """Its gradient, one-dimensional. Raises ValueError where that is not one of all it holds."""
+
+
 @dataclass(frozen=True)
 class Placed:
     """Where one parameter's elements are on this rank.
@@ -34,7 +41,10 @@ class Placed:
     gather: (local, part) -> the DTensor that state_dict() gives of a part that ``wrap`` cannot show as one,
         or None where it can; collective. ungather: (such a tensor, part) -> this rank's part of it.
     address: gives a number that changes if the elements move; None: that is the optimizer's tensor's address.
-    holder: the tensor whose ``grad`` is what ``grad`` gives, if there is one: read without a call.
+    itself: whether ``data`` is the optimizer's tensor as it is.
+    holder: the tensor whose ``grad`` is what ``grad`` gives (a DTensor's: its local part, if it has these
+        ``placements``), if there is one: read without a call. guard: raises where it must not be read now.
+    flat, at: what has the gradient with those of other parameters, and where in it the elements begin.
     prefix: of the state's keys, where one optimizer parameter holds several parameters.
     name: the parameter's own name in the model, where an engine's adapter knows it.
     options: what of its group's options this parameter has otherwise.
@@ -49,7 +59,12 @@ class Placed:
     gather: Callable[[Tensor, Part], Tensor | None] = lambda local, part: None
     ungather: Callable[[Tensor, Part], Tensor] = lambda saved, part: saved
     address: Callable[[], int] | None = None
+    itself: bool = False
     holder: Tensor | None = None
+    placements: Any = None
+    guard: Callable[[], None] | None = None
+    flat: Flat | None = None
+    at: int = 0
     prefix: str = ""
     name: str = ""
     options: dict[str, Any] = field(default_factory=dict)
@@ -141,7 +156,7 @@ def place(param: Tensor, name: str = "a parameter") -> Placed:
     def grad() -> Tensor | None:
         return param.grad
 
-    return Placed(slab=Slab.whole(param.shape), data=param.detach, grad=grad, holder=param)
+    return Placed(slab=Slab.whole(param.shape), data=param.detach, grad=grad, itself=True, holder=param)
 
 
 def _refuse_flattened(param: Tensor, name: str) -> None:
@@ -204,4 +219,6 @@ def _place_dtensor(param: Any, name: str) -> Placed:
         gather=sharding.gather,
         ungather=sharding.ungather,
         address=lambda: to_local(param).data_ptr(),
+        holder=param,
+        placements=placements,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -54,6 +55,9 @@ class _Event:
         self.event.synchronize()
 
 
+_AS_IT_IS = contextlib.nullcontext()
+
+
 def _public_stream(device: int) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream)
 
@@ -84,11 +88,8 @@ class CupyRuntime:
     def launch(self, source: str, name: str, blocks: int, threads: int, args: tuple[Any, ...]) -> None:
         function = _function(source, name, self.index)
         stream = _Stream(_current_stream(self.index))
-        if torch.cuda.current_device() == self.index:
+        with self._current():
             function((blocks,), (threads,), args, stream=stream)
-        else:
-            with cupy.cuda.Device(self.index):
-                function((blocks,), (threads,), args, stream=stream)
 
     def upload(
         self, host: np.ndarray, into: torch.Tensor | None = None, *, capturable: bool = False
@@ -104,17 +105,20 @@ class CupyRuntime:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
     def event(self) -> _Event:
-        with cupy.cuda.Device(self.index):
+        with self._current():
             return _Event()
 
     def copy(self, into: int, source: int, size: int, copied: _Event | None = None) -> None:
         stream, runtime = _current_stream(self.index), cupy.cuda.runtime
-        runtime.memcpyAsync(into, source, size, runtime.memcpyHostToDevice, stream)
-        if copied is not None:
-            runtime.eventRecord(copied.event.ptr, stream)
+        with self._current():  # the default stream's handle, 0, is of whatever device is current
+            runtime.memcpyAsync(into, source, size, runtime.memcpyHostToDevice, stream)
+            if copied is not None:
+                runtime.eventRecord(copied.event.ptr, stream)
 
     def capturing(self) -> bool:
-        if torch.cuda.current_device() == self.index:
+        with self._current():
             return torch.cuda.is_current_stream_capturing()
-        with torch.cuda.device(self.index):
-            return torch.cuda.is_current_stream_capturing()
+
+    def _current(self) -> contextlib.AbstractContextManager[Any]:
+        """Make this device the current one, if it is not."""
+        return _AS_IT_IS if torch.cuda.current_device() == self.index else torch.cuda.device(self.index)

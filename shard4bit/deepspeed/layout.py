@@ -193,11 +193,12 @@ def _add_flat(
         raise unknown("parameters overlap in their flat buffer")
     _check_copy(flat, buffer[rank * part : (rank + 1) * part])
     ours = TorchGroup(process_group)
-    placed = []
+    placed, partition = [], _Partition(flat)
     for (name, param), offset in zip(members, offsets, strict=True):
         run = run_of(offset, param.numel(), part, rank, world)
         neighbours = ((ours, Neighbours("run", run.edges)),) if world > 1 else ()
-        placed.append(_placed(flat, name, tuple(param.shape), run, neighbours, options.get(name, {})))
+        own = options.get(name, {})
+        placed.append(_placed(partition, name, tuple(param.shape), run, neighbours, own))
     out.add(flat, placed, ours if world > 1 else None)
 
 
@@ -218,8 +219,18 @@ def _check_copy(flat: Tensor, part: Tensor) -> None:
         raise unknown("a flat partition is not a copy of this rank's part of the parameters")
 
 
+class _Partition:
+    """This rank's flat partition of a parameter group, for all that it holds."""
+
+    def __init__(self, flat: Tensor) -> None:
+        self.flat = flat
+
+    def grad(self) -> Tensor | None:
+        return self.flat.grad
+
+
 def _placed(
-    flat: Tensor,
+    partition: _Partition,
     name: str,
     shape: tuple[int, ...],
     run: Run,
@@ -230,16 +241,19 @@ def _placed(
     assert prod(shape) >= run.stop, (name, shape, run)
 
     def grad() -> Tensor | None:
-        return None if flat.grad is None else flat.grad[here]
+        found = partition.grad()
+        return None if found is None else found[here]
 
     return Placed(
         slab=Slab.run(shape, run.start, run.stop),
-        data=lambda: flat.detach()[here],
+        data=lambda: partition.flat.detach()[here],
         grad=grad,
         neighbours=neighbours,
         prefix=state_prefix(name, run),
         name=name,
         options=dict(options),
+        flat=partition,
+        at=run.at,
     )
 
 

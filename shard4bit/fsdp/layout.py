@@ -46,10 +46,10 @@ class FlatSource(Source):
         flat = handle.flat_param
         stops = list(accumulate(flat._numels_with_padding))
         starts = [a for a, padding in zip([0, *stops], flat._is_padding_mask, strict=False) if not padding]
-        out = []
+        out, gradient = [], _FlatGradient(handle)
         for index, (fqn, start) in enumerate(zip(flat._fqns, starts, strict=True)):
             name = self.plain(prefix + fqn)
-            place = _Place(handle, index, start, name)
+            place = _Place(handle, index, start, name, gradient)
             tensor = flat if flat._params is None else flat._params[index]
             out.append(Item(name, tensor, tensor.requires_grad, place.placed(options.get(name, {}))))
         return out
@@ -126,12 +126,33 @@ def _is_flattened(param: Tensor) -> bool:
     return bool(getattr(param, "_fsdp_flattened", False))
 
 
+class _FlatGradient:
+    """Of a flat parameter."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    def check(self) -> None:
+        _refuse_summoned(self.handle)
+
+    def grad(self) -> Tensor | None:
+        flat = self.handle.flat_param
+        if flat.grad is not None and flat.grad.shape != flat._sharded_size:
+            raise ValueError(
+                f"the flat parameter of {', '.join(flat._fqns[:3])} has a gradient of shape "
+                f"{tuple(flat.grad.shape)}, its shard {tuple(flat._sharded_size)}: the last backward before "
+                "a step must be outside of no_sync()"
+            )
+        return flat.grad
+
+
 class _Place:
     """One original parameter within a flat one."""
 
-    def __init__(self, handle: Any, index: int, start: int, name: str) -> None:
+    def __init__(self, handle: Any, index: int, start: int, name: str, gradient: _FlatGradient) -> None:
         flat = handle.flat_param
         self.handle, self.flat, self.name, self.shape = handle, flat, name, tuple(flat._shapes[index])
+        self.flat_gradient = gradient
         self.param = None if flat._params is None else flat._params[index]
         self.sharded = handle.uses_sharded_strategy
         self._refuse_odd(flat, index)
@@ -170,6 +191,10 @@ class _Place:
             grad=self._grad,
             neighbours=self.neighbours,
             obstacle=self._obstacle,
+            holder=self.param if self.slab.numel else None,
+            guard=self.flat_gradient.check,
+            flat=self.flat_gradient if self.param is None else None,
+            at=self.offset,
             prefix="" if self.param is not None else f"{self.name}/",
             name=self.name,
             options=options,
@@ -180,20 +205,12 @@ class _Place:
         return local.detach()[self.offset : self.offset + self.slab.numel].view(self.slab.shape)
 
     def _grad(self) -> Tensor | None:
-        _refuse_summoned(self.handle)
+        self.flat_gradient.check()
         if self.param is not None:
             grad = self.param.grad
             return grad.view(-1) if grad is not None and self.slab.numel == 0 else grad
-        grad = self.flat.grad
-        if grad is None:
-            return None
-        if grad.shape != self.flat._sharded_size:
-            raise ValueError(
-                f"the flat parameter of {self.name} has a gradient of shape {tuple(grad.shape)}, its shard "
-                f"{tuple(self.flat._sharded_size)}: the last backward before a step must be outside of "
-                "no_sync()"
-            )
-        return grad[self.offset : self.offset + self.slab.numel].view(self.slab.shape)
+        grad = self.flat_gradient.grad()
+        return None if grad is None else grad[self.offset :][: self.slab.numel].view(self.slab.shape)
 
     def _obstacle(self, part: Part) -> str:
         return (

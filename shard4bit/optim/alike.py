@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shard4bit.optim.bound import Bound
+from shard4bit.sharding import is_dtensor, local_parts
 
 _DTYPE = attrgetter("dtype")
 _GUARDS: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
@@ -23,9 +24,11 @@ class Likeness:
 
     def __init__(self, bounds: Sequence[Bound]) -> None:
         self.addresses = [bound.address for bound in bounds]
-        # tensors whose own address it is: read by ``map`` of a C function, without a call from Python each
+        # tensors whose address it is, or of whose local part: read by ``map`` of C functions, without a call
+        # from Python each
         own = all(bound.placed.address is None for bound in bounds)
-        self.places = [bound.param for bound in bounds] if own else None
+        self.sharded = all(is_dtensor(bound.param) for bound in bounds)
+        self.places = [bound.param for bound in bounds] if own or self.sharded else None
         self.numels = [bound.placed.slab.numel for bound in bounds]
         self.anchors: list[int | None] = []
         self.signature: list[torch.dtype | None] = []
@@ -69,7 +72,7 @@ class Likeness:
 
     def _read_addresses(self) -> list[int]:
         if self.places is not None:
-            return list(map(Tensor.data_ptr, self.places))
+            return list(map(Tensor.data_ptr, local_parts(self.places) if self.sharded else self.places))
         return [address() for address in self.addresses]
 
 

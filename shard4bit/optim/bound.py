@@ -76,7 +76,7 @@ class Bound:
         self.accepted = None
         self.work.param = data.contiguous()
         self.own = self.work.param is data
-        if self.own and self.placed.holder is self.param and data.shape == self.param.shape:
+        if self.own and self.placed.itself and data.shape == self.param.shape:
             self.work.param = self.param  # an alias would keep memory that the parameter gave up
         self.anchor = self.address() if self.own else None
 

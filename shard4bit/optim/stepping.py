@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any
 
 import torch
@@ -20,10 +20,9 @@ from shard4bit.optim import capture
 from shard4bit.optim.alike import Likeness
 from shard4bit.optim.bound import Bound
 from shard4bit.optim.capture import Counts
+from shard4bit.optim.gradients import Gradients
 from shard4bit.optim.loading import SPEC_OPTIONS
 from shard4bit.placement import refuse_stale
-
-_GRAD = attrgetter("grad")
 
 
 def _specs(group: Mapping[str, Any]) -> list[Any]:
@@ -102,9 +101,7 @@ class StepPlan:
         self.kinds = list(kinds.values())
         self.works = [b.work for b in self.bounds]
         self.linked = [work for work in self.works if work.links]  # a reduction may change their activity
-        self.gradients = [b.placed.grad for b in self.bounds]
-        holders = [b.placed.holder for b in self.bounds]
-        self.holders = None if any(holder is None for holder in holders) else holders
+        self.gradients = Gradients([b.placed for b in self.bounds])
         self.seen = Likeness(self.bounds)
         # plans of the same parameters: when one steps, what the others know of the works is out of date
         mine = set(map(id, self.bounds))
@@ -164,7 +161,7 @@ class StepPlan:
         known, self.outdated = not self.outdated, False
         for rival in self.rivals:
             rival.outdated = True
-        grads, failure = self._read()
+        grads, failure = self.gradients.read()
         if failure is None and not self.linked:
             failure = self._stale(grads)
         if known and self.seen.lasts(grads):
@@ -196,20 +193,6 @@ class StepPlan:
                 return error
             self.idle = True
         return None
-
-    def _read(self) -> tuple[list[Tensor | None], BaseException | None]:
-        """Every parameter's gradient, and the first error."""
-        if self.holders is not None:
-            return list(map(_GRAD, self.holders)), None
-        failure: BaseException | None = None
-        grads: list[Tensor | None] = []
-        for gradient in self.gradients:
-            try:
-                grads.append(gradient())
-            except Exception as error:  # the other ranks must hear of it before it is raised
-                failure = failure or error
-                grads.append(None)
-        return grads, failure
 
     def _look(self, grads: list[Tensor | None], failure: BaseException | None) -> BaseException | None:
         """Check every parameter and gradient, and sort them anew if need be. Returns the first error."""
