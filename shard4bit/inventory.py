@@ -104,7 +104,7 @@ class Inventory:
         self.names: dict[Tensor, list[str]] = {}  # of the parameters that a tensor in the groups holds
         for bound in self.optimizer.bind() if self.optimizer is not None else []:
             name = bound.placed.name or names.get(bound.param)
-            if name is None:
+            if name is None or bound.param not in names:  # (a name may be another model's)
                 raise CheckpointError(
                     f"the optimizer has a parameter of shape {bound.shape} that is not in the model: "
                     "build the optimizer after sharding the model, with model.parameters()"

@@ -177,23 +177,27 @@ def _refuse_flattened(param: Tensor, name: str) -> None:
 
 
 def refuse_stale(params: Sequence[Tensor]) -> None:
-    """Raise LayoutError if plain parameters were replaced by DTensors after the optimizer was built: none
-    belongs to a module any more, while for each a module holds a DTensor of its shape that is not ours.
+    """Raise LayoutError if plain parameters were replaced by sharded ones after the optimizer was built: none
+    belongs to a module any more, while for each a module holds a DTensor of its shape that is not ours, or
+    FSDP1's flat parameter of such a one.
 
-    Looks at all live modules once, and only where DTensors are in use.
+    Looks at all live modules once, and only where DTensors or FSDP are in use.
     """
     plain = {id(p): p for p in params if not is_dtensor(p)}
-    if not plain or sys.modules.get("torch.distributed.tensor") is None:
+    if not plain or not {"torch.distributed.tensor", "torch.distributed.fsdp"} & sys.modules.keys():
         return
     modules = [m for m in gc.get_objects() if issubclass(type(m), torch.nn.Module)]
     held = {id(p): p for m in modules for p in m.parameters(recurse=False)}
     ours = set(map(id, params))
-    shapes = {tuple(p.shape) for i, p in held.items() if i not in ours and is_dtensor(p)}
+    others = [p for i, p in held.items() if i not in ours]
+    shapes = {tuple(p.shape) for p in others if is_dtensor(p)}
+    shapes |= {tuple(shape) for p in others for shape in getattr(p, "_shapes", ())}  # of FSDP1's flat ones
     if all(i not in held and tuple(p.shape) in shapes for i, p in plain.items()):
         shape = tuple(next(iter(plain.values())).shape)
         raise LayoutError(
             f"parameters, such as one of shape {shape}, were replaced by sharded ones after the optimizer "
-            "was built: build it after fully_shard (or parallelize_module), from the model's new parameters"
+            "was built: build it after fully_shard (or parallelize_module), from the model's new parameters, "
+            "or by shard4bit.fsdp.wrap after FullyShardedDataParallel"
         )
 
 

@@ -22,6 +22,7 @@ from shard4bit.optim.held import Held, check_specs, put, replaced
 from shard4bit.optim.report import Report, report
 from shard4bit.optim.stepping import StepPlan, keep_compiler_out, refuse_first
 from shard4bit.optim.summary import summary
+from shard4bit.optim.together import on_all
 from shard4bit.placement import Placed, is_dtensor, place, refuse_stale
 from shard4bit.spec import Full, MomentSpec, is_quantized, parse_spec
 from shard4bit.state import Moment
@@ -49,6 +50,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         self._bound: dict[Tensor, list[Bound]] = {}
         self._counts = Counts(captured=vars(self).get("_counts", Counts()).captured)
         self._plans: list[StepPlan] = []
+        self._stepped = False  # a first step is everybody's first
         self._held = Held()
 
     # ---- what a subclass says -------------------------------------------------------------------
@@ -218,7 +220,11 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             if plan.serves(self.param_groups):
                 return plan
         refuse_first(self.param_groups)
-        self.bind()
+        if self._stepped:
+            self.bind()
+        else:
+            on_all(self, self.bind)
+            self._stepped = True
         if len(self._plans) >= 16:  # of groups put together in ever new ways
             self._plans.clear()
         self._plans.append(

@@ -19,6 +19,7 @@ from shard4bit.optim.bound import Bound
 from shard4bit.optim.encode import encode
 from shard4bit.optim.loading import OWN_OPTIONS, RUN_OPTIONS
 from shard4bit.optim.matching import match, options_of
+from shard4bit.optim.together import on_all
 from shard4bit.placement import is_dtensor, to_local
 from shard4bit.spec import Full
 from shard4bit.state import parts
@@ -59,7 +60,7 @@ def import_state(
             adopted = options_of(optimizer, matching)
     except Exception as error:  # the other ranks must hear of it before it is raised
         failure = error
-    bounds = optimizer.bind({p for p, state in states.items() if state})
+    bounds = on_all(optimizer, lambda: optimizer.bind({p for p, state in states.items() if state}))
     plan: list[tuple[int, dict[str, foreign.Foreign]]] = [(0, {})] * len(bounds)
     if failure is None:
         try:

@@ -1,6 +1,6 @@
 """What ``print(optimizer)`` says: which parameters are quantized, which not and why, what that costs.
 
-Communicates nothing. Before an optimizer is bound only whole shapes are known.
+Communicates nothing, and makes no states: where parameters lie says what they will take.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from shard4bit.comm import Group
+from shard4bit.comm import Group, Link, make_link
 from shard4bit.layout import Slab
+from shard4bit.placement import Placed
 from shard4bit.spec import QUANTIZE_ABOVE, Full, MomentSpec, QuantSpec, is_quantized
 from shard4bit.state import parts
 
@@ -39,8 +40,9 @@ class _Line:
 def summary(optimizer: QuantizedOptimizer) -> str:
     """Some lines of text; bytes are of this rank where it is bound."""
     lines: dict[str, _Line] = {}
-    whole_bytes, low = 0, _Line()
-    for param, shape, group in _members(optimizer):
+    whole_bytes, low, here = 0, _Line(), list[_Here | None]()
+    for param, placed, group in _members(optimizer):
+        shape = tuple(param.shape) if placed is None else placed.slab.view.shape
         specs = {m: optimizer._spec(m, group, shape) for m in optimizer._rule(group).moments}
         trained = param.requires_grad or param in optimizer._bound
         lines.setdefault(_label(shape, group, specs, trained), _Line()).add(param, shape)
@@ -48,11 +50,12 @@ def summary(optimizer: QuantizedOptimizer) -> str:
             low.add(param, shape)
         if trained:
             whole_bytes += 4 + sum(_bytes(spec, shape) for spec in specs.values())
+            here.append(None if placed is None else _Here.of(placed, list(specs.values())))
     out = [_group(number, group) for number, group in enumerate(optimizer.param_groups)]
     for what, line in lines.items():
         plural = "" if line.tensors == 1 else "s"
         out.append(f"  {what}: {line.tensors:,} parameter{plural}, {line.elements:,} elements")
-    out += _costs(optimizer, whole_bytes)
+    out += _costs(here, whole_bytes)
     if low.tensors:
         names = " and ".join(sorted(str(d).removeprefix("torch.") for d in low.dtypes))
         out.append(
@@ -72,23 +75,35 @@ def _group(number: int, group: Mapping[str, Any]) -> str:
     return "\n".join([f"Parameter Group {number}", *lines, ""])
 
 
-def _members(optimizer: QuantizedOptimizer) -> list[tuple[Tensor, tuple[int, ...], Mapping[str, Any]]]:
-    """(tensor of the groups, whole shape, options) of every parameter, several to a flat tensor."""
-    out: list[tuple[Tensor, tuple[int, ...], Mapping[str, Any]]] = []
-    layout = optimizer.__dict__.get("_layout")
+def _members(optimizer: QuantizedOptimizer) -> list[tuple[Tensor, Placed | None, Mapping[str, Any]]]:
+    """(tensor of the groups, where it lies if that is known, options) of every parameter, several to a flat
+    tensor."""
+    out: list[tuple[Tensor, Placed | None, Mapping[str, Any]]] = []
     for group in optimizer.param_groups:
         for param in group["params"]:
             bounds = optimizer._bound.get(param)
-            placed = [b.placed for b in bounds] if bounds else []
-            if not placed and layout is not None:
-                try:
-                    placed = layout(param, "")
-                except Exception:  # to be told when it is bound
-                    placed = []
-            out += [(param, p.slab.view.shape, {**group, **p.options}) for p in placed]
-            if not placed:
-                out.append((param, tuple(param.shape), group))
+            try:
+                placed = [b.placed for b in bounds] if bounds else optimizer._place(param, "a parameter")
+            except Exception:  # to be told when it is bound
+                placed = []
+            out += [(param, p, {**group, **p.options}) for p in placed] or [(param, None, group)]
     return out
+
+
+@dataclass
+class _Here:
+    """What a parameter's states take on this rank."""
+
+    bytes: int
+    elements: int
+    links: tuple[Link, ...]
+
+    @staticmethod
+    def of(placed: Placed, specs: Sequence[MomentSpec]) -> _Here:
+        slab = placed.slab
+        held = [part for spec in specs for part in parts(spec)]
+        size = 4 + sum(prod(part.local_shape(slab)) * part.dtype.itemsize for part in held)
+        return _Here(size, slab.numel, tuple(make_link(g, n, slab, specs) for g, n in placed.neighbours))
 
 
 def _label(
@@ -117,27 +132,20 @@ def _bytes(spec: MomentSpec, shape: tuple[int, ...]) -> int:
     return sum(prod(part.global_shape(slab)) * part.dtype.itemsize for part in parts(spec))
 
 
-def _costs(optimizer: QuantizedOptimizer, whole_bytes: int) -> list[str]:
-    bounds = [bound for found in optimizer._bound.values() for bound in found]
-    if not bounds:
-        return [f"  state: {whole_bytes:,} bytes in one process; not bound yet, so not known by rank"]
-    here = state_bytes(bounds)
-    held = sum(bound.placed.slab.numel for bound in bounds)
-    calls, moved = traffic(bounds)
+def _costs(every: Sequence[_Here | None], whole_bytes: int) -> list[str]:
+    known = [here for here in every if here is not None]
+    if len(known) < len(every):
+        return [f"  state: {whole_bytes:,} bytes in one process; not known by rank"]
+    size, held = sum(here.bytes for here in known), sum(here.elements for here in known)
+    calls, moved = traffic(known)
     return [
-        f"  state on this rank: {here:,} bytes for {held:,} elements"
-        + (f" ({here / held:.3f} bytes each)" if held else ""),
+        f"  state on this rank: {size:,} bytes for {held:,} elements"
+        + (f" ({size / held:.3f} bytes each)" if held else ""),
         f"  communication of a step: {moved:,} bytes in {calls} all-reduce{'' if calls == 1 else 's'}",
     ]
 
 
-def state_bytes(bounds: Sequence[Bound]) -> int:
-    """Bytes of states on this rank, step counts (4 each) included."""
-    tensors = [t for b in bounds for m in b.moments for t in m.tensors.values()]
-    return 4 * len(bounds) + sum(t.numel() * t.element_size() for t in tensors)
-
-
-def traffic(bounds: Sequence[Bound]) -> tuple[int, int]:
+def traffic(bounds: Sequence[Bound | _Here]) -> tuple[int, int]:
     """(all-reduces, bytes of their vectors) of a step in which all take part; see ``comm.reduce``."""
     maxima: dict[Group, int] = {}
     sums: dict[Group, int] = {}

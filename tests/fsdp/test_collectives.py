@@ -159,7 +159,7 @@ def printed(kind: str, layout: str, shape: tuple[int, int] | None) -> tuple[list
         model.w = nn.Parameter(cut)
     optimizer = optimizer_of(kind, model.parameters())
     before = repr(optimizer)
-    assert not optimizer.state
+    assert not optimizer.state  # nothing is bound
     models.train(model, optimizer, 1)
     models.force(model, 2)
     with Recorder() as quiet:
@@ -181,4 +181,5 @@ def test_printing_tells_what_a_step_communicates(
         moved = sum(size for _, _, size in calls)
         assert f"communication of a step: {moved:,} bytes in {len(calls)} all-reduce{plural}\n" in text + "\n"
         assert f"state on this rank: {held:,} bytes" in text
-        assert "not bound yet" in before
+        assert f"state on this rank: {held:,} bytes" in before and before.count("\n") == text.count("\n")
+        assert f"communication of a step: {moved:,} bytes in {len(calls)} all-reduce" in before

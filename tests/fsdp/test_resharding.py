@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 import shard4bit
 from tests.checkpoint import ranks
-from tests.fsdp import models
+from tests.fsdp import flat, models
 from tests.fsdp.models import Toy, Zoo, optimizer_of
 from tests.pool import Pool, pool
 
@@ -118,6 +118,59 @@ def bad_models(root: str) -> list[str]:
             lambda: shard4bit.fsdp.wrap(Toy(), shard4bit.AdamW4bit),
         ]
     )
+
+
+def other_flat_models(root: str, orig: bool) -> list[str]:
+    """An FSDP1 model's optimizer with other models: of the same names, of other names, under FSDP2."""
+    model, other = (flat.flattened(flat.Nest(), orig) for _ in range(2))
+    optimizer = flat.wrapped("rank1", model)
+    path = shard4bit.save(root, model, optimizer, step=1)
+    renamed = nn.Module()
+    renamed.my = flat.Nest()
+    renamed, zoo = flat.flattened(renamed, orig), models.shard_toy(Toy())
+    before = shard4bit.digest(other)
+    out = errors_of(
+        [
+            lambda: shard4bit.save(root, other, optimizer, step=2),
+            lambda: shard4bit.digest(other, optimizer),
+            lambda: shard4bit.load(path, other, optimizer),
+            lambda: shard4bit.save(root, renamed, optimizer, step=2),
+            lambda: shard4bit.save(root, zoo, optimizer, step=2),
+        ]
+    )
+    assert shard4bit.digest(other) == before
+    return out
+
+
+@pytest.mark.parametrize("orig", [True, False])
+def test_optimizers_of_other_flat_models_are_refused(orig: bool, tmp_path: Path) -> None:
+    for texts in pool(2).run(other_flat_models, str(tmp_path), orig):
+        assert all("not in the model" in text for text in texts), texts
+
+
+def spoilt_on_one_rank(way: str) -> str:
+    """One rank's optimizer cannot be bound, before its first step or import: what each rank raises."""
+    model = models.shard_toy(Toy())
+    optimizer = shard4bit.AdamW4bit(model.parameters())
+    source = torch.optim.AdamW(model.parameters())
+    if dist.get_rank() == 1:
+        optimizer.param_groups[0]["betas"] = (2.0, 0.9)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    begin = time.monotonic()
+    try:
+        optimizer.step() if way == "step" else shard4bit.import_state(optimizer, source)
+    except (ValueError, RuntimeError) as error:
+        assert time.monotonic() - begin < 20
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.mark.parametrize("way", ["step", "import"])
+def test_nobody_waits_for_a_rank_that_cannot_bind(way: str) -> None:
+    texts = pool(2).run(spoilt_on_one_rank, way)
+    assert texts[1].startswith("ValueError") and "betas" in texts[1], texts
+    assert texts[0].startswith("RuntimeError") and "failed on another rank" in texts[0], texts
 
 
 def test_errors_reach_every_rank(tmp_path: Path) -> None:

@@ -292,6 +292,31 @@ def test_original_parameters_of_fsdp1_are_refused_on_all_ranks() -> None:
         assert "FSDP1" in text and "shard4bit.fsdp.wrap" in text
 
 
+def over_flattened_parameters() -> list[str]:
+    """Built before FSDP1 has put the parameters into a flat one; the first step, and a later one."""
+    out = []
+    for steps in (0, 1):
+        model = nn.Sequential(nn.Linear(80, 90), nn.Linear(90, 80))
+        optimizer = shard4bit.AdamW4bit(model.parameters())
+        for _ in range(steps):
+            model(torch.ones(2, 80)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+        wrapped(torch.ones(2, 80)).sum().backward()
+        try:
+            optimizer.step()
+            out.append("no error")
+        except ValueError as error:
+            out.append(str(error))
+    return out
+
+
+def test_parameters_from_before_fsdp1_are_refused_on_all_ranks() -> None:
+    for texts in pool(2).run(over_flattened_parameters):
+        assert all("after FullyShardedDataParallel" in text for text in texts), texts
+
+
 def test_parameters_from_before_sharding_are_refused_on_all_ranks() -> None:
     for texts in pool(2).run(over_stale_parameters):
         assert all("build it after fully_shard" in text for text in texts)

@@ -31,7 +31,7 @@ def test_counts_and_reasons() -> None:
         "fp32, too small (at most 4,096 elements): 1 parameter, 4,096 elements",
         "fp32, no matrices: 1 parameter, 5,000 elements",
         "frozen, without a state: 1 parameter, 3 elements",
-        "not bound yet",
+        "communication of a step: 0 bytes in 0 all-reduces",
         "    lr: 0.25\n",
     ):
         assert line in text, (line, text)
@@ -61,10 +61,11 @@ def test_bytes_are_those_of_the_state() -> None:
     """Known before binding, as one process has everything; and the same as what is then held."""
     model = model_of()
     optimizer = shard4bit.AdamW4bit(model.parameters())
-    before = re.search(r"state: ([\d,]+) bytes in one process; not bound yet", repr(optimizer))
+    costs = r"state on this rank: ([\d,]+) bytes for ([\d,]+) elements"
+    before = re.search(costs, repr(optimizer))
     assert not optimizer.state  # and printing has bound nothing
     run(model.parameters(), optimizer, range(1))
-    after = re.search(r"state on this rank: ([\d,]+) bytes for ([\d,]+) elements", repr(optimizer))
+    after = re.search(costs, repr(optimizer))
     held = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values())
     assert before and after
     assert before[1] == after[1] == f"{held:,}"
