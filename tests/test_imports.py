@@ -55,6 +55,7 @@ ALLOWED = {
     ("cuda/runtime.py", "_C"),  # the current stream's handle without a Stream object, as torch's compiled
     ("cuda/runtime.py", "_cuda_getCurrentRawStream"),  # code gets it; not needed
     ("placement.py", "_fsdp_flattened"),  # FSDP1's mark on original parameters, which must be refused
+    ("placement.py", "_shapes"),  # of what its flat parameters hold, likewise
     ("sharding.py", "_local_tensor"),  # what DTensor.to_local() gives, at once
     ("sharding.py", "__create_chunk_list__"),  # how DTensor describes its piece to checkpoints
 }
