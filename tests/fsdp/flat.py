@@ -26,7 +26,9 @@ class Part(Zoo):
     """A Zoo with a forward that uses all of its parameters."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.stack([p.float().sum() for p in self._parameters.values() if p is not None]).sum()
+        # (of what is flattened with an outer module's parameters none are here)
+        sums = [p.float().sum() for p in self._parameters.values() if p is not None]
+        return x * torch.stack(sums).sum() if sums else x
 
 
 class Nest(Part):
@@ -45,13 +47,15 @@ class Nest(Part):
 
 
 def flattened(model: nn.Module, orig: bool, strategy: str = "FULL_SHARD", **options: Any) -> Any:
-    """Shard by FSDP1, each Part by itself; options: ``mixed`` (bf16 compute), ``offload``."""
-    how: dict[str, Any] = {"device_id": models.Where.device}
-    if options.pop("mixed", False):
-        how["mixed_precision"] = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    """Shard by FSDP1, each Part by itself; options: ``mixed`` (bf16 compute, or a dtype), ``offload``, and
+    FSDP1's own."""
+    how: dict[str, Any] = {"device_id": models.Where.device, "auto_wrap_policy": ModuleWrapPolicy({Part})}
+    if mixed := options.pop("mixed", False):
+        dtype = torch.bfloat16 if mixed is True else mixed
+        how["mixed_precision"] = MixedPrecision(param_dtype=dtype, reduce_dtype=torch.float32)
     if options.pop("offload", False):
         how["cpu_offload"] = CPUOffload(offload_params=True)
-    if strategy == "HYBRID_SHARD":
+    if "HYBRID_SHARD" in strategy:
         how["device_mesh"] = models.mesh_of(2, torch.distributed.get_world_size() // 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -59,9 +63,7 @@ def flattened(model: nn.Module, orig: bool, strategy: str = "FULL_SHARD", **opti
             model,
             use_orig_params=orig,
             sharding_strategy=ShardingStrategy[strategy],
-            auto_wrap_policy=ModuleWrapPolicy({Part}),
-            **how,
-            **options,
+            **{**how, **options},
         )
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
 import shard4bit
 from shard4bit.checkpoint.manifest import read_manifest
@@ -103,13 +100,23 @@ def test_bf16_compute_keeps_fp32_parameters(orig: bool) -> None:
 # ---- saving and resuming --------------------------------------------------------------------------
 
 
+#: what words in an engine's name stand for
+WORDS: dict[str, dict[str, Any]] = {
+    "hybrid": {"strategy": "HYBRID_SHARD"},
+    "grad-op": {"strategy": "SHARD_GRAD_OP"},
+    "no-shard": {"strategy": "NO_SHARD"},
+    "bf16": {"mixed": True},
+    "by-size": {"auto_wrap_policy": partial(size_based_auto_wrap_policy, min_num_params=30_000)},
+}
+
+
 def model_of(kind: str, engine: str, steps: int) -> tuple[Any, Any]:
     """Trained for so many steps; with 0 steps, its values are others than a fresh one's."""
     if engine == "single":
         return single_model(kind, steps, **NO_DECAY)
     if engine.startswith("fsdp1"):
-        orig, strategy = engine.endswith("orig"), "HYBRID_SHARD" if "hybrid" in engine else "FULL_SHARD"
-        return trained(kind, orig, strategy, dict(NO_DECAY), steps)
+        how = {**NO_DECAY, **{k: v for word, own in WORDS.items() if word in engine for k, v in own.items()}}
+        return trained(kind, engine.endswith("orig"), how.pop("strategy", "FULL_SHARD"), how, steps)
     model: Any = Nest()
     for part in (model.first, model.second, model):
         fully_shard(part)
@@ -162,6 +169,22 @@ PAIRS = [
     (2, "fsdp1-orig", 3, "fsdp1-flat"),
     (3, "fsdp1-flat", 2, "fsdp1-flat"),
     (4, "fsdp1-hybrid-flat", 2, "fsdp1-orig"),
+    (3, "fsdp1-grad-op-flat", 2, "fsdp1-no-shard-orig"),
+    (2, "fsdp1-no-shard-flat", 3, "fsdp1-by-size-flat"),
+    (3, "fsdp1-by-size-orig", 2, "fsdp1-bf16-flat"),
+    *(
+        pytest.param(*pair, marks=pytest.mark.slow)
+        for pair in (
+            (2, "fsdp1-bf16-orig", 3, "fsdp2"),
+            (3, "fsdp1-by-size-flat", 2, "fsdp2"),
+            (2, "fsdp1-no-shard-orig", 1, "single"),
+            (3, "fsdp2", 2, "fsdp1-grad-op-orig"),
+            (3, "fsdp2", 4, "fsdp1-by-size-orig"),
+            (1, "single", 2, "fsdp1-no-shard-flat"),
+            (1, "single", 3, "fsdp1-bf16-orig"),
+            (2, "fsdp1-grad-op-orig", 4, "fsdp1-hybrid-orig"),
+        )
+    ),
 ]
 
 
@@ -235,9 +258,6 @@ def test_a_frozen_block(orig: bool, tmp_path: Path) -> None:
         assert before == after and count == len(SHAPES) - 3
 
 
-# ---- training as it is done -----------------------------------------------------------------------
-
-
 def shared_buffers(root: str, orig: bool) -> tuple[list[str], str, str]:
     """Checkpoints of FSDP1 and of a plain model read by the other, and one with a buffer under each of its
     names, as FSDP1's once were; names of the buffers, what was skipped, and the buffers' values."""
@@ -260,92 +280,6 @@ def test_shared_buffers_have_the_names_of_other_engines(orig: bool, tmp_path: Pa
     for names, skipped, values in pool(2).run(shared_buffers, str(tmp_path), orig):
         assert names == ["model/second.scale"] and skipped == "[]"
         assert values == str([[n] * 3 for n in (2, 3, 4)])
-
-
-class Net(torch.nn.Module):
-    """A frozen layer, tied weights, a parameter that only some steps use."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.block = torch.nn.Sequential(
-                torch.nn.Linear(24, 193), torch.nn.ReLU(), torch.nn.Linear(193, 67)
-            )
-            self.tied = torch.nn.Linear(67, 67, bias=False)
-            self.again = torch.nn.Linear(67, 67, bias=False)
-            self.extra = torch.nn.Linear(67, 67)
-            self.last = torch.nn.Linear(67, 3)
-        self.again.weight = self.tied.weight
-
-    def forward(self, x: torch.Tensor, more: bool = True) -> torch.Tensor:
-        h = self.again(torch.relu(self.tied(self.block(x))))
-        return self.last(h + self.extra(h) if more else h)
-
-
-def losses(how: str, orig: bool) -> list[float]:
-    """60 steps of a learnable problem on 2 ranks, with what ``how`` names."""
-    # FSDP1's offload pins memory and waits for a stream, both of which torch has for accelerators only
-    pin = patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
-    with pin, patch.object(torch.cpu.Stream, "synchronize", lambda stream: None, create=True):
-        return _losses(how, orig)
-
-
-def _losses(how: str, orig: bool) -> list[float]:
-    inner: Any = Net()
-    if how == "compile":
-        inner.block = torch.compile(inner.block, backend="aot_eager")
-    if how == "checkpointing":
-        apply_activation_checkpointing(inner, check_fn=lambda m: isinstance(m, torch.nn.Sequential))
-    model = flattened(inner, orig, mixed=how == "bf16", offload=how == "offload")
-    optimizer = wrapped("rank1", model, lr=5e-3)
-    scaler = ShardedGradScaler(device="cpu", init_scale=2.0**10)
-    out: list[float] = []
-    scales: list[float] = []
-    for step in range(60):
-        optimizer.zero_grad()
-        halves = [0, 1] if how == "accumulate" else [0]
-        for half in halves:
-            x, y = models.batch(2 * step + half, dist.get_rank())
-            more = not (how == "missing" and step % 3)
-            if half + 1 < len(halves):
-                with model.no_sync():
-                    loss = (model(x, more).float() - y).square().mean() / len(halves)
-                    scaler.scale(loss).backward()
-            else:
-                loss = (model(x, more).float() - y).square().mean() / len(halves)
-                broken = how == "scaler" and step == 7 and dist.get_rank() == 0
-                scaler.scale(loss * torch.inf if broken else loss).backward()
-        if how == "clip":
-            assert float(model.clip_grad_norm_(0.5)) > 0
-        scaler.step(optimizer)
-        scaler.update()
-        scales.append(scaler.get_scale())
-        out.append(float(loss.detach()) * len(halves))
-    assert how != "scaler" or min(scales) < 2.0**10, "no step was skipped"
-    shard4bit.digest(model, optimizer)  # all ranks have come to the same place
-    return out
-
-
-TRAININGS = [
-    "plain",
-    "bf16",
-    "accumulate",
-    "clip",
-    "scaler",
-    "checkpointing",
-    "missing",
-    "compile",
-    "offload",
-]
-
-
-@pytest.mark.parametrize("how, orig", covering(TRAININGS, [True, False]))
-def test_training(how: str, orig: bool) -> None:
-    if how == "compile" and not orig:
-        pytest.skip("torch.compile needs use_orig_params=True under FSDP1")
-    for found in pool(2).run(losses, how, orig):
-        assert sum(found[-5:]) < 0.5 * sum(found[:5]), found
 
 
 # ---- bad input ------------------------------------------------------------------------------------
@@ -393,6 +327,31 @@ def test_refusals_on_all_ranks(orig: bool) -> None:
         assert "no parameter of the model" in found["stranger"]
         assert found["no_sync"] != "nothing" and "timed out" not in found["no_sync"]
         assert "make it contiguous" in found["strides"]
+
+
+def states_of_torchs_calls(orig: bool, strategy: str) -> list[str]:
+    model, optimizer = trained("rank1", orig, strategy, {}, 1)
+    before = shard4bit.digest(model, optimizer)
+    calls: list[Any] = [
+        optimizer.state_dict,
+        lambda: FSDP1.optim_state_dict(model, optimizer),
+        lambda: get_optimizer_state_dict(model, optimizer),
+    ]
+    out = [raised(call) for call in calls]
+    assert shard4bit.digest(model, optimizer) == before
+    return out
+
+
+@pytest.mark.parametrize(
+    "case, orig",
+    covering([(2, s) for s in STRATEGIES] + [(4, "HYBRID_SHARD"), (4, "_HYBRID_SHARD_ZERO2")], [True, False]),
+    ids=str,
+)
+def test_torchs_calls_are_refused_by_every_strategy(case: tuple[int, str], orig: bool) -> None:
+    world, strategy = case
+    for texts in pool(world).run(states_of_torchs_calls, orig, strategy):
+        for text in texts:
+            assert text.startswith("LayoutError") and "shard4bit.save" in text, text
 
 
 # ---- communication --------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
+import shard4bit
 from shard4bit.errors import LayoutError
 from tests import oracle
 from tests.covering import covering
@@ -153,6 +155,7 @@ CUTS = [
     ((40, 300), (2,), "1", ("absmax",)),  # 150: a block is cut, a byte is not
     ((40, 301), (2,), "1", ("codes", "absmax")),  # 151: a byte is cut
     ((33, 770), (4,), "1", ("codes", "absmax")),  # 193, 386, 579
+    ((8, 11008), (4,), "1", ("absmax",)),  # 2752: as a projection of 11008 columns on four ranks
     ((50, 100), (4,), "1", ("codes", "absmax")),  # one block on four ranks
     ((2000, 3), (4,), "1", ("codes", "absmax")),  # an empty rank
     ((64, 16, 3, 3), (2,), "1", ("absmax",)),
@@ -208,6 +211,39 @@ def test_dtensors_cut_anywhere(
     kind: str, shape: tuple[int, ...], mesh: tuple[int, ...], placements: str, plain: tuple[str, ...]
 ) -> None:
     check_cut(pool, kind, shape, mesh, placements, plain)
+
+
+def by_columns(root: str, save: bool) -> str:
+    """A projection on four ranks by columns, trained and saved, or loaded. Its digest."""
+    model: Any = Zoo({"w": (8, 11008)})
+    cut_ones = distribute_tensor(model.w.data, models.mesh_of(4), [Shard(1)], src_data_rank=None)
+    model.w = nn.Parameter(cut_ones if save else torch.zeros_like(cut_ones))
+    optimizer = optimizer_of("rank1", model.parameters())
+    if save:
+        models.train(model, optimizer, STEPS)
+        shard4bit.save(root, model, optimizer, step=STEPS)
+    else:
+        shard4bit.load(root, model, optimizer)
+    return shard4bit.digest(model, optimizer)
+
+
+def by_rows(root: str) -> str:
+    model = models.sharded(Zoo({"w": (8, 11008)}), "fsdp")
+    optimizer = optimizer_of("rank1", model.parameters())
+    shard4bit.load(root, model, optimizer)
+    return shard4bit.digest(model, optimizer)
+
+
+def test_a_projection_by_columns_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = Zoo({"w": (8, 11008)})
+    reference = optimizer_of("rank1", model.parameters())
+    models.train(model, reference, STEPS)
+    expected = shard4bit.digest(model, reference)
+    ours, alone = str(tmp_path / "ours"), str(tmp_path / "alone")
+    shard4bit.save(alone, model, reference, step=STEPS)
+    assert set(pool(4).run(by_columns, ours, True)) == {expected}
+    assert set(pool(4).run(by_columns, alone, False)) == {expected}
+    assert set(pool(3).run(by_rows, ours)) == {expected}
 
 
 def test_factored_statistics_of_column_cuts() -> None:

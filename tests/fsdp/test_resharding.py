@@ -17,7 +17,8 @@ from torch.distributed.fsdp import fully_shard
 
 import shard4bit
 from tests.checkpoint import ranks
-from tests.fsdp import flat, models
+from tests.fsdp import models
+from tests.fsdp.flat import Nest, flattened, wrapped
 from tests.fsdp.models import Toy, Zoo, optimizer_of
 from tests.pool import Pool, pool
 
@@ -122,12 +123,12 @@ def bad_models(root: str) -> list[str]:
 
 def other_flat_models(root: str, orig: bool) -> list[str]:
     """An FSDP1 model's optimizer with other models: of the same names, of other names, under FSDP2."""
-    model, other = (flat.flattened(flat.Nest(), orig) for _ in range(2))
-    optimizer = flat.wrapped("rank1", model)
+    model, other = (flattened(Nest(), orig) for _ in range(2))
+    optimizer = wrapped("rank1", model)
     path = shard4bit.save(root, model, optimizer, step=1)
     renamed = nn.Module()
-    renamed.my = flat.Nest()
-    renamed, zoo = flat.flattened(renamed, orig), models.shard_toy(Toy())
+    renamed.my = Nest()
+    renamed, zoo = flattened(renamed, orig), models.shard_toy(Toy())
     before = shard4bit.digest(other)
     out = errors_of(
         [
@@ -181,14 +182,16 @@ def test_errors_reach_every_rank(tmp_path: Path) -> None:
 
 
 def bad_on_one_rank(root: str, bad: int) -> list[str]:
-    """One rank's optimizer is over another model: save, load and digest must end everywhere."""
+    """One rank's optimizer is over another model: save, digest and load must end everywhere."""
     model, other = models.shard_toy(Toy()), models.shard_toy(Toy(seed=1))
+    shard4bit.save(f"{root}/good", model, shard4bit.AdamW4bit(model.parameters()), step=1)
     optimizer = shard4bit.AdamW4bit((other if dist.get_rank() == bad else model).parameters())
     assert torch.is_tensor(next(model.parameters()))
     return errors_of(
         [
             lambda: shard4bit.save(root, model, optimizer, step=2),
             lambda: shard4bit.digest(model, optimizer),
+            lambda: shard4bit.load(f"{root}/good", model, optimizer),
         ]
     )
 
@@ -196,3 +199,33 @@ def bad_on_one_rank(root: str, bad: int) -> list[str]:
 def test_an_error_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
     for texts in pool(3).run(bad_on_one_rank, str(tmp_path), 2):
         assert all("not in the model" in text for text in texts), texts
+
+
+class Renamed(nn.Module):
+    """The parameters of a Nest under another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Nest()
+
+
+def other_names(root: str, orig: bool) -> tuple[list[str], bool]:
+    """A checkpoint of FSDP1 with other names than the model's; errors, and whether all is as before."""
+    model, other = flattened(Nest(), orig), flattened(Renamed(), orig)
+    optimizer, theirs = wrapped("rank1", model), wrapped("rank1", other)
+    shard4bit.save(root, model, optimizer, step=1)
+    before = shard4bit.digest(other, theirs)
+    said = errors_of(
+        [
+            lambda: shard4bit.load(root, other, theirs),
+            lambda: shard4bit.load(root, other, theirs, strict=True),
+        ]
+    )
+    return said, shard4bit.digest(other, theirs) == before
+
+
+@pytest.mark.parametrize("orig", [True, False])
+def test_other_names_under_fsdp1_are_refused_on_all_ranks(orig: bool, tmp_path: Path) -> None:
+    for texts, unchanged in pool(2).run(other_names, str(tmp_path), orig):
+        assert all("inner." in text for text in texts), texts
+        assert unchanged
