@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from shard4bit.deepspeed import layout
+from shard4bit.deepspeed import layout, scaling
 from shard4bit.deepspeed.layout import EngineLayout
 from shard4bit.errors import LayoutError
 from shard4bit.optim import patterns
@@ -34,7 +34,7 @@ def install() -> None:
         raise ImportError(f'{error}; DeepSpeed comes with pip install "shard4bit[deepspeed]"') from error
     for kind in (AdamW4bit, SGD4bit):
         layout.accept(kind)
-    layout.attach(_prepare, _building, _finish)
+    layout.attach(_prepare, _building, _finish, _scaling)
 
 
 def layout_of(engine: Any) -> EngineLayout:
@@ -108,6 +108,16 @@ def _finish(engine: Any) -> None:
             return {**state, **({"by_name": own} if own else {}), **({"names": names} if whole else {})}
 
         optimizer.register_state_dict_post_hook(described)
+
+
+@contextmanager
+def _scaling(engine: Any, loss: Any, factor: float) -> Iterator[None]:
+    """Around ``engine.backward``."""
+    if engine not in _layouts:
+        yield
+        return
+    with scaling.scaled(engine, loss, factor):
+        yield
 
 
 # ---- what is refused --------------------------------------------------------------------------------

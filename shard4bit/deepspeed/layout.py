@@ -4,6 +4,7 @@ can be met. The only file that reads them; each is checked, and LayoutError name
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -60,9 +61,11 @@ def attach(
     prepare: Callable[[Any, Any], None],
     building: Callable[[Any], AbstractContextManager[None]],
     finish: Callable[[Any], None],
+    scaling: Callable[[Any, Any, float], AbstractContextManager[None]],
 ) -> None:
     """Have every engine call ``prepare(engine, optimizer)`` when it has its basic optimizer, build its own
-    optimizer around that within ``building(optimizer)``, and call ``finish(engine)`` when all is built.
+    optimizer around that within ``building(optimizer)``, call ``finish(engine)`` when all is built, and go
+    backward within ``scaling(engine, loss, what it multiplies the loss by)``.
     Done once; later calls change nothing.
 
     This may come in the midst of an engine's initialization, when it asks for an optimizer by name: only
@@ -72,8 +75,9 @@ def attach(
 
     if _MARK in vars(DeepSpeedEngine):
         return
-    names = ("_do_optimizer_sanity_check", "_configure_lr_scheduler", *_BUILDERS)
-    check, schedule, *builders = (read(DeepSpeedEngine, name) for name in names)
+    names = ("_do_optimizer_sanity_check", "_configure_lr_scheduler", "backward", *_BUILDERS)
+    check, schedule, back, *builders = (read(DeepSpeedEngine, name) for name in names)
+    arguments = _signature(back)
 
     @functools.wraps(check)
     def checking(engine: Any, basic_optimizer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -85,6 +89,14 @@ def attach(
         finish(engine)
         return schedule(engine, *args, **kwargs)
 
+    @functools.wraps(back)
+    def backward(engine: Any, loss: Any, *args: Any, **kwargs: Any) -> Any:
+        given = arguments.bind(engine, loss, *args, **kwargs).arguments
+        divided = given.get("scale_wrt_gas", True)
+        factor = 1.0 / read(engine, "gradient_accumulation_steps")() if divided else 1.0
+        with scaling(engine, loss, factor):
+            return back(engine, loss, *args, **kwargs)
+
     def built_within(build: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(build)
         def wrapped(engine: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -95,9 +107,16 @@ def attach(
 
     DeepSpeedEngine._do_optimizer_sanity_check = checking
     DeepSpeedEngine._configure_lr_scheduler = scheduling
+    DeepSpeedEngine.backward = backward
     for name, build in zip(_BUILDERS, builders, strict=True):
         setattr(DeepSpeedEngine, name, built_within(build))
     setattr(DeepSpeedEngine, _MARK, True)
+
+
+def _signature(method: Any) -> inspect.Signature:
+    """Of what DeepSpeed's decorators, which do not say so, call."""
+    cells = [cell.cell_contents for cell in getattr(method, "__closure__", None) or ()]
+    return inspect.signature(next(filter(inspect.isfunction, cells), method))
 
 
 def accept(optimizer: type) -> None:
@@ -255,6 +274,15 @@ def _placed(
         flat=partition,
         at=run.at,
     )
+
+
+def loss_scale(engine: Any) -> float:
+    """What gradients are divided by in an engine with fp32 copies of whole parameters; 1 in others, whose
+    own optimizers scale the loss."""
+    wrapper = read(engine, "optimizer")
+    if type(wrapper).__name__ != "FP16_UnfusedOptimizer":
+        return 1.0
+    return float(read(getattr(wrapper, "loss_scale_config", wrapper), "cur_scale"))  # the wrapper's: 0.16.9
 
 
 def publish(wrapper: Any, optimizer: torch.optim.Optimizer) -> None:
