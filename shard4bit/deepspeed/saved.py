@@ -179,8 +179,8 @@ def _specs(kind: Any, options: dict[str, Any], shape: tuple[int, ...]) -> dict[s
 
 
 def universal(folder: str | Path, *, trusted: bool = False) -> Saved:
-    """A universal checkpoint of AdamW, as ``deepspeed.checkpoint.ds_to_universal`` writes it; its moments are
-    fp32. Raises CheckpointError."""
+    """A universal checkpoint of AdamW, as ``deepspeed.checkpoint.ds_to_universal --inject_missing_state``
+    writes it; its moments are fp32. Raises CheckpointError."""
     folder = Path(folder)
     model, about = (
         files.model_of(folder, trusted),
