@@ -17,11 +17,9 @@ from torch import Tensor
 
 from shard4bit.comm import Group, TorchGroup
 from shard4bit.deepspeed.flat import EngineLayout, Run, run_of, state_prefix
-from shard4bit.errors import LayoutError
+from shard4bit.deepspeed.versions import read, unknown
 from shard4bit.layout import Neighbours, Slab
 from shard4bit.placement import Placed, place, plain_name
-
-KNOWN_VERSIONS = ("0.16.9", "0.19.8")
 
 #: DeepSpeed's wrappers of our optimizer -> their lists, per parameter group, of the model's parameters, of
 #: the flat buffer that these are views of (or None), and of the tensor or tensors that we update
@@ -33,25 +31,6 @@ WRAPPERS: Mapping[str, tuple[str, str | None, str]] = {
 _BUILDERS = ("_configure_zero_optimizer", "_configure_fp16_optimizer", "_configure_bf16_optimizer")
 _MARK = "_shard4bit_attached"
 _SAMPLES = 4096
-
-
-def unknown(what: str) -> LayoutError:
-    """The error for insides that are not as expected."""
-    import deepspeed
-
-    return LayoutError(
-        f"DeepSpeed {deepspeed.__version__} is unlike the versions that shard4bit knows "
-        f"({', '.join(KNOWN_VERSIONS)}): {what}. Install one of these, or a newer shard4bit"
-    )
-
-
-def read(owner: Any, name: str) -> Any:
-    """An attribute of DeepSpeed's; LayoutError, with the known versions, if it is not there."""
-    try:
-        return getattr(owner, name)
-    except AttributeError:
-        kind = owner if isinstance(owner, type) else type(owner)
-        raise unknown(f"{kind.__name__} has no {name}") from None
 
 
 # ---- where the engine is met ------------------------------------------------------------------------
@@ -144,7 +123,7 @@ def engine_layout(
     options: name -> what of its group's options a parameter has otherwise. Communicates nothing. Raises
     LayoutError if anything is not as it should be.
     """
-    names, wrapper, out = names_of(engine), engine.optimizer, EngineLayout()
+    names, wrapper, out = names_of(engine), read(engine, "optimizer"), EngineLayout()
     if wrapper is optimizer:  # fp32 without ZeRO
         for group in optimizer.param_groups:
             for param in group["params"]:

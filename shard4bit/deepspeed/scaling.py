@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from shard4bit.deepspeed import layout
+from shard4bit.deepspeed.versions import unknown
 
 #: engine -> whether its DeepSpeed scales the loss itself; not of engines that had no scale but 1 yet
 _scales: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
@@ -46,4 +47,4 @@ def _already(found: float, scale: float) -> bool:
         return False
     if found == float("inf") or abs(found / scale - 1.0) <= 1e-2:
         return True
-    raise layout.unknown(f"engine.backward multiplies the loss by {found}, expected 1 or its scale, {scale}")
+    raise unknown(f"engine.backward multiplies the loss by {found}, expected 1 or its scale, {scale}")
