@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from shard4bit.deepspeed import layout
+from shard4bit.deepspeed import layout, scaling, versions
 from shard4bit.deepspeed.layout import EngineLayout
 from shard4bit.errors import LayoutError
 from shard4bit.optim import patterns
@@ -34,7 +34,7 @@ def install() -> None:
         raise ImportError(f'{error}; DeepSpeed comes with pip install "shard4bit[deepspeed]"') from error
     for kind in (AdamW4bit, SGD4bit):
         layout.accept(kind)
-    layout.attach(_prepare, _building, _finish)
+    layout.attach(_prepare, _building, _finish, _scaling)
 
 
 def layout_of(engine: Any) -> EngineLayout:
@@ -52,7 +52,7 @@ def layout_of(engine: Any) -> EngineLayout:
 def optimizer_of(engine: Any) -> QuantizedOptimizer:
     """Our optimizer of an engine. Raises LayoutError if it has none."""
     layout_of(engine)
-    return engine.basic_optimizer
+    return versions.read(engine, "basic_optimizer")
 
 
 def engines() -> list[Any]:
@@ -94,7 +94,9 @@ def _building(optimizer: Any) -> Iterator[None]:
 
 def _finish(engine: Any) -> None:
     """When that is built."""
-    optimizer = engine.basic_optimizer
+    if not _pending:
+        return
+    optimizer = versions.read(engine, "basic_optimizer")
     if isinstance(optimizer, QuantizedOptimizer) and optimizer in _pending:
         found = layout.engine_layout(engine, optimizer, _pending.pop(optimizer))
         optimizer.set_layout(found.place)
@@ -108,6 +110,16 @@ def _finish(engine: Any) -> None:
             return {**state, **({"by_name": own} if own else {}), **({"names": names} if whole else {})}
 
         optimizer.register_state_dict_post_hook(described)
+
+
+@contextmanager
+def _scaling(engine: Any, loss: Any, factor: float) -> Iterator[None]:
+    """Around ``engine.backward``."""
+    if engine not in _layouts:
+        yield
+        return
+    with scaling.scaled(engine, loss, factor):
+        yield
 
 
 # ---- what is refused --------------------------------------------------------------------------------
@@ -130,42 +142,47 @@ def refuse(engine: Any, optimizer: QuantizedOptimizer) -> None:
 
 def _refusals(engine: Any, optimizer: QuantizedOptimizer) -> list[tuple[bool, str, str]]:
     """(whether it applies, what it is, what to do instead)."""
-    offload = engine.zero_offload_optimizer()
-    device = str(getattr(getattr(offload, "device", None), "value", getattr(offload, "device", None)))
-    autocast = getattr(engine, "torch_autocast_enabled", lambda: False)()
+
+    def asked(name: str) -> Any:
+        return versions.read(engine, name)()
+
+    offload = asked("zero_offload_optimizer")
+    device = "none" if offload is None else versions.read(offload, "device")
+    autocast = versions.later(engine, "torch_autocast_enabled", bool)()
     return [
         (
-            engine.zero_optimization_stage() >= 3,
+            asked("zero_optimization_stage") >= 3,
             "ZeRO stage 3, which hides the shapes of the parameters",
             'use "stage": 2, or torch.distributed.fsdp.fully_shard (FSDP2) with shard4bit.fsdp.wrap',
         ),
         (
-            bool(getattr(engine, "zenflow", False)),
+            bool(versions.later(engine, "zenflow", False)),
             "ZenFlow, which steps parts of the parameters on its own",
             'leave "zenflow" out of "zero_optimization"',
         ),
         (
-            device not in ("None", "none"),
-            f"offload_optimizer to {device}",
+            str(getattr(device, "value", device)) != "none",
+            f"offload_optimizer to {getattr(device, 'value', device)}",
             'leave "offload_optimizer" out: 4-bit states take about a byte per parameter and stay on the GPU',
         ),
         (
-            bool(engine.zero_elastic_checkpoint()),
+            bool(asked("zero_elastic_checkpoint")),
             "elastic_checkpoint, which would cut packed states as if they were flat",
             'leave "elastic_checkpoint" out; shard4bit.save and shard4bit.load change the number of ranks',
         ),
         (
-            bool(engine.load_universal_checkpoint()),
+            bool(asked("load_universal_checkpoint")),
             '"load_universal", which gives the optimizer fp32 moments',
             "leave it out; shard4bit.save and shard4bit.load change the number of ranks",
         ),
         (
-            bool(engine.has_moe_layers) or any(g.get("moe") for g in optimizer.param_groups),
+            bool(versions.read(engine, "has_moe_layers"))
+            or any(g.get("moe") for g in optimizer.param_groups),
             "mixture-of-experts layers of DeepSpeed, whose experts differ between ranks",
             "use torch.distributed.fsdp.fully_shard (FSDP2) for such models",
         ),
         (
-            bool(engine.pipeline_parallelism),
+            bool(versions.read(engine, "pipeline_parallelism")),
             "pipeline parallelism",
             "use ZeRO stage 1 or 2 without PipelineModule",
         ),
@@ -175,7 +192,7 @@ def _refusals(engine: Any, optimizer: QuantizedOptimizer) -> list[tuple[bool, st
             "use ZeRO alone, or DTensors with torch.distributed.fsdp.fully_shard (FSDP2)",
         ),
         (
-            bool(autocast) and engine.torch_autocast_dtype() == torch.float16,
+            bool(autocast) and asked("torch_autocast_dtype") == torch.float16,
             "torch_autocast in float16, whose gradient scaler skips steps on single ranks",
             'use bfloat16 there, or "fp16": {"enabled": true}',
         ),
@@ -183,5 +200,5 @@ def _refusals(engine: Any, optimizer: QuantizedOptimizer) -> list[tuple[bool, st
 
 
 def _tensor_parallel(engine: Any) -> bool:
-    sizes = getattr(engine, "mp_world_size", 1), getattr(engine, "autotp_size", lambda: 0)()
+    sizes = versions.read(engine, "mp_world_size"), versions.later(engine, "autotp_size", int)()
     return any(size > 1 for size in sizes)

@@ -53,8 +53,8 @@ def read_native(folder: str | Path, *, trusted: bool = False) -> Training:
 
 
 def read_universal(folder: str | Path, *, trusted: bool = False, **options: Any) -> Training:
-    """A universal checkpoint of AdamW (what ``deepspeed.checkpoint.ds_to_universal`` wrote), its moments
-    quantized once.
+    """A universal checkpoint of AdamW (what ``deepspeed.checkpoint.ds_to_universal --inject_missing_state``
+    wrote), its moments quantized once.
 
     options: of AdamW4bit; what is not given of lr, betas, eps and weight_decay is the checkpoint's.
     Raises CheckpointError.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from shard4bit.deepspeed.layout import unknown
+from shard4bit.deepspeed.versions import entry, unknown
 from shard4bit.errors import CheckpointError
 from shard4bit.placement import plain_name
 
@@ -106,7 +106,7 @@ def ranks(folder: Path, trusted: bool) -> list[dict[str, Any]]:
     out = [load(found[rank], trusted)["optimizer_state_dict"] for rank in sorted(found)]
     if not all(isinstance(one.get("base_optimizer_state"), Mapping) for one in out):
         raise CheckpointError(f"{folder} has optimizer states of ZeRO stage 3, or an elastic checkpoint's")
-    counts = out[0]["partition_count"]
+    counts = entry(out[0], "partition_count")
     count = counts[0] if isinstance(counts, list) else counts
     if sorted(found) != list(range(count)):
         raise CheckpointError(f"{folder} was written by {count} ranks and has the files of {sorted(found)}")
@@ -132,7 +132,7 @@ def stretches(state: Mapping[str, Tensor]) -> dict[str, Stretch]:
 def shapes(model: Mapping[str, Any]) -> list[dict[str, tuple[int, ...]]]:
     """Per parameter group, names and shapes of the trainable parameters, from the file of the model. (At
     stage 0 it has none.)"""
-    return [{plain_name(n): tuple(s) for n, s in group.items()} for group in model["param_shapes"]]
+    return [{plain_name(n): tuple(s) for n, s in group.items()} for group in entry(model, "param_shapes")]
 
 
 def tensors(model: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ can be met. The only file that reads them; each is checked, and LayoutError name
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -16,11 +17,9 @@ from torch import Tensor
 
 from shard4bit.comm import Group, TorchGroup
 from shard4bit.deepspeed.flat import EngineLayout, Run, run_of, state_prefix
-from shard4bit.errors import LayoutError
+from shard4bit.deepspeed.versions import read, unknown
 from shard4bit.layout import Neighbours, Slab
 from shard4bit.placement import Placed, place, plain_name
-
-KNOWN_VERSIONS = ("0.16.9", "0.19.8")
 
 #: DeepSpeed's wrappers of our optimizer -> their lists, per parameter group, of the model's parameters, of
 #: the flat buffer that these are views of (or None), and of the tensor or tensors that we update
@@ -34,25 +33,6 @@ _MARK = "_shard4bit_attached"
 _SAMPLES = 4096
 
 
-def unknown(what: str) -> LayoutError:
-    """The error for insides that are not as expected."""
-    import deepspeed
-
-    return LayoutError(
-        f"DeepSpeed {deepspeed.__version__} is unlike the versions that shard4bit knows "
-        f"({', '.join(KNOWN_VERSIONS)}): {what}. Install one of these, or a newer shard4bit"
-    )
-
-
-def read(owner: Any, name: str) -> Any:
-    """An attribute of DeepSpeed's; LayoutError, with the known versions, if it is not there."""
-    try:
-        return getattr(owner, name)
-    except AttributeError:
-        kind = owner if isinstance(owner, type) else type(owner)
-        raise unknown(f"{kind.__name__} has no {name}") from None
-
-
 # ---- where the engine is met ------------------------------------------------------------------------
 
 
@@ -60,9 +40,11 @@ def attach(
     prepare: Callable[[Any, Any], None],
     building: Callable[[Any], AbstractContextManager[None]],
     finish: Callable[[Any], None],
+    scaling: Callable[[Any, Any, float], AbstractContextManager[None]],
 ) -> None:
     """Have every engine call ``prepare(engine, optimizer)`` when it has its basic optimizer, build its own
-    optimizer around that within ``building(optimizer)``, and call ``finish(engine)`` when all is built.
+    optimizer around that within ``building(optimizer)``, call ``finish(engine)`` when all is built, and go
+    backward within ``scaling(engine, loss, what it multiplies the loss by)``.
     Done once; later calls change nothing.
 
     This may come in the midst of an engine's initialization, when it asks for an optimizer by name: only
@@ -72,8 +54,9 @@ def attach(
 
     if _MARK in vars(DeepSpeedEngine):
         return
-    names = ("_do_optimizer_sanity_check", "_configure_lr_scheduler", *_BUILDERS)
-    check, schedule, *builders = (read(DeepSpeedEngine, name) for name in names)
+    names = ("_do_optimizer_sanity_check", "_configure_lr_scheduler", "backward", *_BUILDERS)
+    check, schedule, back, *builders = (read(DeepSpeedEngine, name) for name in names)
+    arguments = _signature(back)
 
     @functools.wraps(check)
     def checking(engine: Any, basic_optimizer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -85,6 +68,14 @@ def attach(
         finish(engine)
         return schedule(engine, *args, **kwargs)
 
+    @functools.wraps(back)
+    def backward(engine: Any, loss: Any, *args: Any, **kwargs: Any) -> Any:
+        given = arguments.bind(engine, loss, *args, **kwargs).arguments
+        divided = given.get("scale_wrt_gas", True)
+        factor = 1.0 / read(engine, "gradient_accumulation_steps")() if divided else 1.0
+        with scaling(engine, loss, factor):
+            return back(engine, loss, *args, **kwargs)
+
     def built_within(build: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(build)
         def wrapped(engine: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -95,9 +86,16 @@ def attach(
 
     DeepSpeedEngine._do_optimizer_sanity_check = checking
     DeepSpeedEngine._configure_lr_scheduler = scheduling
+    DeepSpeedEngine.backward = backward
     for name, build in zip(_BUILDERS, builders, strict=True):
         setattr(DeepSpeedEngine, name, built_within(build))
     setattr(DeepSpeedEngine, _MARK, True)
+
+
+def _signature(method: Any) -> inspect.Signature:
+    """Of what DeepSpeed's decorators, which do not say so, call."""
+    cells = [cell.cell_contents for cell in getattr(method, "__closure__", None) or ()]
+    return inspect.signature(next(filter(inspect.isfunction, cells), method))
 
 
 def accept(optimizer: type) -> None:
@@ -125,7 +123,7 @@ def engine_layout(
     options: name -> what of its group's options a parameter has otherwise. Communicates nothing. Raises
     LayoutError if anything is not as it should be.
     """
-    names, wrapper, out = names_of(engine), engine.optimizer, EngineLayout()
+    names, wrapper, out = names_of(engine), read(engine, "optimizer"), EngineLayout()
     if wrapper is optimizer:  # fp32 without ZeRO
         for group in optimizer.param_groups:
             for param in group["params"]:
@@ -255,6 +253,15 @@ def _placed(
         flat=partition,
         at=run.at,
     )
+
+
+def loss_scale(engine: Any) -> float:
+    """What gradients are divided by in an engine with fp32 copies of whole parameters; 1 in others, whose
+    own optimizers scale the loss."""
+    wrapper = read(engine, "optimizer")
+    if type(wrapper).__name__ != "FP16_UnfusedOptimizer":
+        return 1.0
+    return float(read(getattr(wrapper, "loss_scale_config", wrapper), "cur_scale"))  # the wrapper's: 0.16.9
 
 
 def publish(wrapper: Any, optimizer: torch.optim.Optimizer) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from shard4bit.deepspeed import assembly, files
 from shard4bit.deepspeed.files import Stretch
+from shard4bit.deepspeed.versions import entry
 from shard4bit.errors import CheckpointError
 from shard4bit.layout import Slab
 from shard4bit.optim.adamw import AdamW4bit
@@ -61,7 +62,7 @@ class Saved:
 def native(folder: str | Path, *, trusted: bool = False) -> Saved:
     """What ``engine.save_checkpoint`` wrote into ``folder`` (the one named by the tag) with our optimizer at
     ZeRO stage 0, 1 or 2. trusted: let the files' pickles run code. Raises CheckpointError for files that are
-    missing or damaged, or of another optimizer."""
+    missing or damaged, or of another optimizer, LayoutError for files of a DeepSpeed with others."""
     folder = Path(folder)
     model = files.model_of(folder, trusted)
     ranks = files.ranks(folder, trusted)
@@ -114,7 +115,7 @@ def _flat(model: Mapping[str, Any], ranks: list[dict[str, Any]]) -> Iterator[lis
         states = [r["base_optimizer_state"] for r in ranks]
         keys = [state["param_groups"][index]["params"][0] for state in states]
         stretches = [files.stretches(s["state"].get(key, {})) for s, key in zip(states, keys, strict=True)]
-        masters = [r["single_partition_of_fp32_groups"][index] for r in ranks]
+        masters = [entry(r, "single_partition_of_fp32_groups")[index] for r in ranks]
         out = []
         for name, shape in named.items():
             held = [of[name] for of in stretches if name in of]
@@ -179,8 +180,8 @@ def _specs(kind: Any, options: dict[str, Any], shape: tuple[int, ...]) -> dict[s
 
 
 def universal(folder: str | Path, *, trusted: bool = False) -> Saved:
-    """A universal checkpoint of AdamW, as ``deepspeed.checkpoint.ds_to_universal`` writes it; its moments are
-    fp32. Raises CheckpointError."""
+    """A universal checkpoint of AdamW, as ``deepspeed.checkpoint.ds_to_universal --inject_missing_state``
+    writes it; its moments are fp32. Raises CheckpointError."""
     folder = Path(folder)
     model, about = (
         files.model_of(folder, trusted),

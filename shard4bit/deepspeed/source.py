@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shard4bit.deepspeed import layout
+from shard4bit.deepspeed import layout, versions
 from shard4bit.deepspeed.attach import engines, layout_of, optimizer_of
 from shard4bit.errors import CheckpointError
 from shard4bit.optim.base import QuantizedOptimizer
@@ -40,7 +40,7 @@ class ZeroSource(Source):
     """Of one engine."""
 
     def __init__(self, engine: Any) -> None:
-        super().__init__(engine.module)
+        super().__init__(versions.read(engine, "module"))
         self.engine, self.layout = engine, layout_of(engine)
 
     def parameters(self) -> list[Item]:
@@ -57,4 +57,4 @@ class ZeroSource(Source):
 
     def loaded(self) -> None:
         """Bring the weights that were read into the model's parameters. Collective."""
-        layout.publish(self.engine.optimizer, optimizer_of(self.engine))
+        layout.publish(versions.read(self.engine, "optimizer"), optimizer_of(self.engine))

@@ -15,6 +15,7 @@ import shard4bit
 from shard4bit.errors import CheckpointError, Shard4bitError, StateError
 from tests.deepspeed import engines
 from tests.deepspeed.engines import Known, config, engine_of, needs_deepspeed
+from tests.deepspeed.test_training_zero import by_dimensions
 from tests.fsdp import models
 from tests.fsdp.models import Zoo
 from tests.pool import pool
@@ -29,7 +30,7 @@ def blank(**options: Any) -> Any:
     with torch.no_grad():
         for param in model.parameters():
             param.fill_(7.0)
-    return engine_of(model, config(**options))
+    return built(model, **options)
 
 
 def follows(engine: Any) -> bool:
@@ -46,8 +47,15 @@ def follows(engine: Any) -> bool:
 # ---- DeepSpeed's own files ----------------------------------------------------------------------------
 
 
+def built(model: Any, groups: bool = False, own: Any = None, **options: Any) -> Any:
+    """groups: of parameters, with options of their own; own: what else the optimizer's options are."""
+    settings = config(**options)
+    settings["optimizer"]["params"].update(own or {})
+    return engine_of(model, settings, **({"model_parameters": by_dimensions(model)} if groups else {}))
+
+
 def uninterrupted(root: str, options: dict[str, Any]) -> Any:
-    engine = engine_of(Known(), config(**options))
+    engine = built(Known(), **options)
     engines.train(engine, STEPS)
     with engines.quiet():
         engine.save_checkpoint(root, tag="here", client_state={"epoch": 5})
@@ -65,9 +73,18 @@ def resumed(root: str, options: dict[str, Any]) -> Any:
     return engines.parts(engine)
 
 
+PATTERNS = {"no_decay": ["*bias", "few"], "quantize_exclude": ["odd"]}
+WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.01, "warmup_num_steps": 5}}
+
+
 @pytest.mark.parametrize(
     "options",
     [
+        {"stage": 0, "groups": True},
+        {"stage": 2, "groups": True, "precision": "bf16"},
+        {"stage": 0, "own": PATTERNS},
+        {"stage": 1, "own": PATTERNS},
+        {"stage": 1, "scheduler": WARMUP, "world": 3},
         {"stage": 0},
         {"stage": 0, "precision": "bf16"},
         {"stage": 1, "precision": "bf16+fp32"},
@@ -79,16 +96,18 @@ def resumed(root: str, options: dict[str, Any]) -> Any:
 )
 def test_native_resume_is_bit_exact(options: dict[str, Any], tmp_path: Path) -> None:
     engines.needs(options)
-    expected = engines.whole(pool(2).run(uninterrupted, str(tmp_path), options))
-    models.same(engines.whole(pool(2).run(resumed, str(tmp_path), options)), expected, options)
-    if options["stage"]:
-        check_files(tmp_path / "here", options)
+    world = options.get("world", 2)
+    options = {key: value for key, value in options.items() if key != "world"}
+    expected = engines.whole(pool(world).run(uninterrupted, str(tmp_path), options))
+    models.same(engines.whole(pool(world).run(resumed, str(tmp_path), options)), expected, options)
+    if options["stage"] and not {"groups", "own"} & set(options):  # by which "odd" is in fp32
+        check_files(tmp_path / "here", world)
 
 
-def check_files(folder: Path, options: dict[str, Any]) -> None:
+def check_files(folder: Path, world: int) -> None:
     """States lie packed in DeepSpeed's files: no tensor of a quantized one has the size of its matrix."""
     files = sorted(folder.glob("*optim_states.pt"))
-    assert len(files) == 2
+    assert len(files) == world
     for file in files:
         saved = torch.load(file, weights_only=False)["optimizer_state_dict"]["base_optimizer_state"]
         for key, tensor in saved["state"][0].items():
@@ -128,7 +147,7 @@ def test_native_checkpoints_of_another_layout_are_refused(tmp_path: Path) -> Non
 
 
 def saved(root: str, options: dict[str, Any]) -> Any:
-    engine = engine_of(Known(), config(**options))
+    engine = built(Known(), **options)
     engines.train(engine, STEPS)
     shard4bit.save(root, engine, step=STEPS, extra={"steps": engine.global_steps})
     return shard4bit.digest(engine), engines.parts(engine)
@@ -196,6 +215,9 @@ def test_fsdp_to_zero_to_fsdp(tmp_path: Path) -> None:
         ((2, 3), {"stage": 1, "precision": "bf16+fp32"}, {"stage": 2, "precision": "bf16"}),
         ((3, 2), {"stage": 2, "precision": "bf16"}, {"stage": 0, "precision": "bf16"}),
         ((2, 3), {"stage": 0, "precision": "fp16"}, {"stage": 2, "precision": "fp16"}),
+        ((2, 3), {"stage": 1, "precision": "bf16 masters"}, {"stage": 2, "precision": "bf16 masters"}),
+        ((3, 2), {"stage": 1, "groups": True}, {"stage": 2, "groups": True}),
+        ((2, 3), {"stage": 0, "groups": True}, {"stage": 1, "groups": True}),
     ],
     ids=str,
 )
@@ -209,7 +231,16 @@ def test_canonical_on_other_ranks(
     assert len({d for d, _ in before + after}) == 1
     kind, precision = options.get("kind", "rank1"), options.get("precision", "fp32")
     whole = engines.whole([parts for _, parts in after])
-    engines.same(whole, expected(kind, STEPS + 1, precision), (options, other))
+    want = grouped_reference(STEPS + 1) if "groups" in options else expected(kind, STEPS + 1, precision)
+    engines.same(whole, want, (options, other))
+
+
+def grouped_reference(steps: int) -> Any:
+    """One process with the groups."""
+    model = Zoo()
+    optimizer = models.optimizer_of("rank1", by_dimensions(model))
+    models.train(model, optimizer, steps)
+    return models.canonical(model, optimizer)
 
 
 def saved_while_training(root: str, options: dict[str, Any]) -> tuple[str, str]:

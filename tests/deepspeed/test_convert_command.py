@@ -18,6 +18,7 @@ from shard4bit.cli.main import main
 from tests.deepspeed import engines
 from tests.deepspeed.engines import Known, config, engine_of, entry, needs_deepspeed
 from tests.deepspeed.test_convert_zero import PLAIN, STEPS, Mixed, universal
+from tests.deepspeed.test_training_zero import by_dimensions
 from tests.fsdp import models
 from tests.pool import pool
 
@@ -35,9 +36,12 @@ class Tied(Mixed):
 
 
 def engine(options: dict[str, Any], own: dict[str, Any]) -> Any:
-    settings = config(**options)
+    settings = config(**{key: value for key, value in options.items() if key != "groups"})
     settings["optimizer"] = entry(options.get("kind", "rank1"), **own)
-    return engine_of(Tied(), settings)
+    model = Tied()
+    return engine_of(
+        model, settings, **({"model_parameters": by_dimensions(model)} if "groups" in options else {})
+    )
 
 
 def trained(root: str, options: dict[str, Any], own: dict[str, Any], client: Any = None) -> Any:
@@ -89,6 +93,8 @@ CASES: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
     (3, {"stage": 1, "precision": "bf16+fp32", "kind": "factored"}, {}),  # BF16_Optimizer
     (2, {"stage": 0}, {"no_decay": ["bias"], "quantize_exclude": ["odd"]}),
     (2, {"stage": 0, "precision": "fp16", "kind": "sgd"}, {}),
+    (2, {"stage": 2, "groups": True}, {}),
+    (2, {"stage": 0, "groups": True}, {"no_decay": ["odd"]}),
 ]
 SLOW: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
     (world, {"stage": stage, "kind": kind, "precision": how, "zero": {"round_robin_gradients": robin}}, {})
@@ -226,6 +232,20 @@ def test_native_to_universal(
     flat = np.concatenate([masters for _, _, masters in results])
     expected = np.concatenate([p.detach().numpy().ravel() for p in params])
     assert np.allclose(flat[: expected.size], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_momentum_to_universal(tmp_path: Path) -> None:
+    """Of SGD: weights and dequantized momentum, bit for bit."""
+    moments = pool(2).run(trained, str(tmp_path), {"stage": 1, "kind": "sgd"}, {})[0][1]
+    convert(tmp_path / "native", tmp_path / "universal", "--to", "universal")
+    weights = {e.name: e.value for e in canonical.read(str(tmp_path / "ours")).entries}
+    for key, expected in moments.items():
+        name = key.split("/")[0]
+        place = tmp_path / "universal" / "zero" / name
+        found = torch.load(place / "momentum_buffer.pt", weights_only=True)["param"]
+        assert found.numpy().tobytes() == expected.tobytes() and found.shape == expected.shape, key
+        assert torch.equal(torch.load(place / "fp32.pt", weights_only=True)["param"], weights[name]()), name
+        assert not (place / "exp_avg.pt").exists()
 
 
 def takes(root: str, kind: str) -> Any:

@@ -132,3 +132,24 @@ def test_names_that_lead_elsewhere(tmp_path: Path, name: str) -> None:
     with mock.patch.object(convert.saved, "native", return_value=found), pytest.raises(CheckpointError):
         convert.write_universal(tmp_path, tmp_path / "in" / "target")
     assert list(tmp_path.rglob("*")) == [tmp_path / "in"]
+
+
+@pytest.mark.parametrize(
+    "file, key",
+    [
+        ("*optim_states.pt", "partition_count"),
+        ("*optim_states.pt", "single_partition_of_fp32_groups"),
+        ("*model_states.pt", "param_shapes"),
+    ],
+)
+def test_files_of_another_deepspeed(
+    file: str, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They lack what we read of them."""
+    pool(2).run(trained, str(tmp_path), {"stage": 1}, {})
+    for path in (tmp_path / "native" / "here").glob(file):
+        saved = torch.load(path, weights_only=False)
+        del saved.get("optimizer_state_dict", saved)[key]
+        torch.save(saved, path)
+    status, line = said(capsys, "convert", tmp_path / "native", tmp_path / "out", "--to", "canonical")
+    assert status == 1 and f"its files have no '{key}'" in line and "(0.16.9, 0.19.8)" in line

@@ -10,6 +10,7 @@ import sys
 import zipfile
 from configparser import ConfigParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -177,7 +178,7 @@ losses = []
 for step in range(20):
     torch.manual_seed(step % 4)
     x = torch.randn(16, 80)
-    loss = (engine(x) - x[:, :3]).square().mean()
+    loss = (engine(x.to(engine.module[0].weight.dtype)).float() - x[:, :3]).square().mean()
     engine.backward(loss)
     engine.step()
     losses.append(float(loss.detach()))
@@ -217,19 +218,29 @@ def fresh_environment(wheel: Path, folder: Path) -> Path:
 
 @needs_deepspeed
 def test_json_alone_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:
-    """The installed wheel, a script in which its name does not occur, and a JSON: by torchrun, 2 ranks."""
+    """The installed wheel, a script in which its name does not occur, and JSONs: by torchrun, 2 ranks."""
     python = fresh_environment(wheel, tmp_path / "env")
     assert "shard4bit" not in UNMODIFIED
     (tmp_path / "train.py").write_text(UNMODIFIED)
-    settings = {
-        "train_micro_batch_size_per_gpu": 16,
-        "optimizer": {
-            "type": "AdamW4bit",
-            "params": {"lr": 0.01, "betas": [0.9, 0.95], "no_decay": ["*.bias"]},
-        },
-        "zero_optimization": {"stage": 2},
-    }
-    (tmp_path / "ds_config.json").write_text(json.dumps(settings))
+    params = {"lr": 0.01, "betas": [0.9, 0.95], "no_decay": ["*.bias"]}
+    for stage, kind, options, more in [
+        (2, "AdamW4bit", params, {}),
+        (0, "SGD4bit", {"lr": 0.1}, {"bf16": {"enabled": True}}),
+        (1, "AdamW4bit", params, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
+    ]:
+        settings = {
+            "train_micro_batch_size_per_gpu": 16,
+            "optimizer": {"type": kind, "params": options},
+            "zero_optimization": {"stage": stage},
+            **more,
+        }
+        (tmp_path / "ds_config.json").write_text(json.dumps(settings))
+        first, last, packed, *which = by_torchrun(python, tmp_path)
+        assert which == [kind, stage] and packed >= 80 * 90 / 2 and last < first
+
+
+def by_torchrun(python: Path, folder: Path) -> list[Any]:
+    """What train.py in the folder prints."""
     env = {
         k: v
         for k, v in os.environ.items()
@@ -239,13 +250,13 @@ def test_json_alone_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:
     command = [str(python), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, "train.py", "ds_config.json"],
-        cwd=tmp_path,
+        cwd=folder,
         env=env,
         capture_output=True,
         text=True,
         timeout=250,
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("[") and "AdamW4bit" in line]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("[") and "4bit" in line]
     assert lines, done.stdout[-3000:] + done.stderr[-6000:]
-    first, last, packed, kind, stage = json.loads(lines[-1])
-    assert kind == "AdamW4bit" and stage == 2 and packed >= 80 * 90 / 2 and last < first
+    found: list[Any] = json.loads(lines[-1])
+    return found

@@ -123,8 +123,47 @@ def test_other_insides_are_noticed(what: str, message: str) -> None:
         assert message in str(outcome[1]) and "(0.16.9, 0.19.8)" in str(outcome[1]), outcome[1]
 
 
+class Otherwise:
+    """An engine without one of its attributes."""
+
+    def __init__(self, engine: Any, lacks: str) -> None:
+        self._engine, self._lacks = engine, lacks
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._lacks:
+            raise AttributeError(name)
+        return getattr(self._engine, name)
+
+
+def without(names: list[str]) -> list[str]:
+    """What is said to engines, each without one of the attributes that the refusals ask for."""
+    from shard4bit.deepspeed import attach
+
+    engine, said = engine_of(Known(), config(0)), []
+    attach.refuse(Otherwise(engine, ""), engine.basic_optimizer)
+    for name in names:
+        with pytest.raises(LayoutError) as caught:
+            attach.refuse(Otherwise(engine, name), engine.basic_optimizer)
+        said.append(str(caught.value))
+    return said
+
+
+ASKED = [
+    "zero_optimization_stage", "zero_offload_optimizer", "zero_elastic_checkpoint",
+    "load_universal_checkpoint", "has_moe_layers", "pipeline_parallelism", "mp_world_size", "param_names",
+]  # fmt: skip
+LATER = ["zenflow", "autotp_size", "torch_autocast_enabled"]  # not in the oldest version
+
+
+def test_no_refusal_is_dropped_silently() -> None:
+    names = [*ASKED, *(() if engines.OLD else LATER)]
+    for said in pool(2).run(without, names):
+        for name, message in zip(names, said, strict=True):
+            assert f"Otherwise has no {name}" in message and "(0.16.9, 0.19.8)" in message, message
+
+
 def versions() -> tuple[str, tuple[str, ...]]:
-    from shard4bit.deepspeed.layout import KNOWN_VERSIONS
+    from shard4bit.deepspeed.versions import KNOWN_VERSIONS
 
     return engines.deepspeed().__version__, KNOWN_VERSIONS
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import types
 from typing import Any
@@ -130,15 +131,35 @@ def wrong(name: str, options: dict[str, Any]) -> None:
     engine_of(Known(), {**config(2), "optimizer": {"type": name, "params": options}})
 
 
-def test_all_options_are_taken() -> None:
-    options = {
+#: option -> another value than its default, as a JSON has it
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "AdamW4bit": {
         "lr": 0.01, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.2, "second_moment": "factored",
-        "first_moment": "B256/DE", "quantize": True, "maximize": True, "no_decay": [], "quantize_exclude": [],
-    }  # fmt: skip
-    found = pool(2).run(taken, "AdamW4bit", options)[0]
-    expected = {**options, "betas": (0.8, 0.9)}
-    del expected["no_decay"], expected["quantize_exclude"]
-    assert {k: found[k] for k in expected} == expected
+        "first_moment": "B256/DE", "quantize": False, "maximize": True, "compensate": False,
+        "rounding": "nearest", "capturable": True,
+    },
+    "SGD4bit": {
+        "lr": 0.01, "momentum": 0.8, "dampening": 0.1, "weight_decay": 0.2, "nesterov": True,
+        "momentum_buffer": "B256/DE", "quantize": False, "maximize": True, "compensate": True,
+        "capturable": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(OTHERWISE))
+def test_all_options_are_taken(name: str) -> None:
+    parameters = inspect.signature(getattr(shard4bit, name)).parameters
+    options = {key: OTHERWISE[name][key] for key in list(parameters)[1:]}  # KeyError: a new one, to be added
+    together = [options]
+    if "nesterov" in options:  # which is without dampening
+        together = [{**options, "dampening": 0.0}, {**options, "nesterov": False}]
+    for given in together:
+        found = pool(2).run(taken, name, {**given, "no_decay": [], "quantize_exclude": []})[0]
+        expected = {**given, **({"betas": (0.8, 0.9)} if "betas" in given else {})}
+        assert {k: found[k] for k in expected} == expected
+    for key, value in options.items():
+        default = parameters[key].default
+        assert default is not value and (key == "betas" or default != value), key
 
 
 def taken(name: str, options: dict[str, Any]) -> Any:

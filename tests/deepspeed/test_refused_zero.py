@@ -165,6 +165,41 @@ def test_offloading(stage: int, device: str) -> None:
         assert f"offload_optimizer to {device}" in str(outcome[1]), outcome[1]
 
 
+BF16: dict[str, Any] = {"enabled": True, "bf16_master_weights_and_grads": True}
+FP16: dict[str, Any] = {"enabled": True, "fp16_master_weights_and_grads": True}
+THEIRS: list[tuple[int, dict[str, Any], str]] = [
+    (0, engines.PRECISIONS["bf16+fp32"], "unsupported mix"),
+    (0, engines.PRECISIONS["bf16 masters"], "only supported with ZeRO Stage 1, 2, or 3"),
+    (1, {"bf16": BF16}, "CPUAdam"),
+    (0, {"fp16": FP16}, "only supported with ZeRO Stage 1, 2, or 3"),
+    (2, {"fp16": FP16}, "CPUAdam"),
+]
+
+
+def made(stage: int, more: dict[str, Any]) -> None:
+    engine_of(Known(), config(stage, **more))
+
+
+@pytest.mark.skipif(OLD, reason="DeepSpeed before 0.19 has not all of these options")
+@pytest.mark.parametrize("stage, more, words", THEIRS, ids=str)
+def test_what_deepspeed_itself_refuses(stage: int, more: dict[str, Any], words: str) -> None:
+    """Of the table in docs/deepspeed.md: an error, never a run that is silently wrong."""
+    for outcome in pool(2).outcomes(made, stage, more):
+        assert outcome[0] == "error", (stage, more)
+        assert words in str(outcome[1]), outcome[1:]
+
+
+def without_sync() -> str:
+    engine = engine_of(Known(), config(2))
+    with pytest.raises(AssertionError) as caught, engine.no_sync():
+        pass
+    return str(caught.value)
+
+
+def test_no_sync_at_stage_2_is_deepspeeds_error() -> None:
+    assert all("incompatible with gradient partitioning" in message for message in pool(2).run(without_sync))
+
+
 def afterwards() -> Any:
     """The refusals left nothing behind that changes another engine."""
     engine = engine_of(Known(), config(2))

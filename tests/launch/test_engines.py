@@ -123,7 +123,6 @@ def test_deepspeed_missing_gives_one_line(monkeypatch: pytest.MonkeyPatch) -> No
         _deepspeed(Cluster(0, 1, torch.device("cpu"), "gloo"))
 
 
-@needs_deepspeed
 def fails_as_shipped(want: list[str]) -> str:
     """With the accelerator as DeepSpeed has it, whatever other tests in this process told it (engines.py)."""
     from deepspeed.accelerator import get_accelerator
@@ -132,6 +131,7 @@ def fails_as_shipped(want: list[str]) -> str:
     return fails(want)
 
 
+@needs_deepspeed
 def test_zero_with_fp16_on_the_cpu_is_refused_in_one_line(data: list[str], tmp_path: Path) -> None:
     want = [*TINY, *data, *NEVER, "--steps", "1", "--out", str(tmp_path), "--engine", "zero2"]
     for found in pool(2).run(fails_as_shipped, [*want, "--precision", "fp16"]):
