@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -267,6 +267,23 @@ def short(name: str) -> str:
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
+def optimizer_of(model: Any, **options: Any) -> Any:
+    """By ``wrap`` where it is sharded; elsewhere the same groups by hand, with the plain names."""
+    named = [(short(n), p) for n, p in inner(model).named_parameters()]
+    groups = [
+        {"params": [pair for pair in named if not pair[0].endswith("bias")]},
+        {"params": [pair for pair in named if pair[0].endswith("bias")], "weight_decay": 0.0},
+    ]
+    if not isinstance(model, FSDPModule):
+        return shard4bit.AdamW4bit(groups, **options)
+    optimizer = shard4bit.fsdp.wrap(model, shard4bit.AdamW4bit, no_decay=["*bias"], **options)
+    names = [[n for n, _ in group["params"]] for group in groups]
+    assert [group["param_names"] for group in optimizer.param_groups] == names
+    plain = Net(tied="head.weight" not in names[0])
+    assert sorted(names[0] + names[1]) == sorted(n for n, _ in plain.named_parameters())
+    return optimizer
+
+
 def arrays(model: Any, optimizer: Any) -> Arrays:
     return {short(k): v for k, v in canonical(inner(model), optimizer).items()}
 
@@ -294,9 +311,9 @@ def run_variant(name: str, root: str) -> tuple[str, str]:
     hash of what this rank sees."""
     variant, rank = {**VARIANTS, **SLOW}[name], dist.get_rank()
     model = variant.shard(Net().to(variant.dtype))
-    optimizer = shard4bit.AdamW4bit(inner(model).named_parameters(), **OPTIONS)
+    optimizer = optimizer_of(model, **OPTIONS)
     shadow: Any = Net(tied=name != "meta").to(variant.dtype)
-    plain = shard4bit.AdamW4bit(shadow.named_parameters(), **OPTIONS)
+    plain = optimizer_of(shadow, **OPTIONS)
     for step in range(STEPS):
         finite = variant.train(model, optimizer, step, rank // variant.same_data)
         for (key, param), other in zip(inner(model).named_parameters(), shadow.parameters(), strict=True):
@@ -323,7 +340,7 @@ def whole_digest(root: str, dtype: torch.dtype, tied: bool) -> str:
         for param in model.parameters():
             param.fill_(7.0)
     model = sharded(model) if dist.is_initialized() else model
-    optimizer = shard4bit.AdamW4bit(model.named_parameters(), lr=0.5)
+    optimizer = optimizer_of(model, lr=0.5)
     found = shard4bit.load(root, model, optimizer)
     assert found.step == STEPS and optimizer.param_groups[0]["lr"] == OPTIONS["lr"]
     return shard4bit.digest(model, optimizer)
@@ -358,3 +375,49 @@ def test_every_way_to_shard_and_train(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SLOW)
 def test_slow_ways(name: str, tmp_path: Path) -> None:
     check(name, SLOW[name], tmp_path)
+
+
+# ---- loading into each way ---------------------------------------------------------------------
+
+
+def filled() -> Any:
+    model = Net()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.fill_(7.0)
+    return model
+
+
+def loaded_into(name: str, root: str) -> str:
+    """Load what one process wrote; the digest. Asserts that a further step is that of one process."""
+    variant, rank = VARIANTS[name], dist.get_rank()
+    model, shadow = variant.shard(filled()), filled()
+    optimizer, plain = optimizer_of(model, lr=0.5), optimizer_of(shadow, lr=0.7)
+    assert shard4bit.load(root, model, optimizer).step == shard4bit.load(root, shadow, plain).step == STEPS
+    assert [g["lr"] for g in optimizer.param_groups] == [OPTIONS["lr"]] * 2
+    digest = shard4bit.digest(model, optimizer)
+    compare(model, optimizer, shadow, plain, (name, "loaded"))
+    backward(model, optimizer, STEPS, rank // variant.same_data)
+    for param, other in zip(model.parameters(), shadow.parameters(), strict=True):
+        other.grad = full_tensor(param.grad).clone()
+    optimizer.step()
+    plain.step()
+    compare(model, optimizer, shadow, plain, (name, "stepped"))
+    assert shard4bit.digest(model, optimizer) == shard4bit.digest(shadow, plain) != digest
+    return digest
+
+
+INTO = ("tensor parallel", "offloaded", "compiled in place", "compiled wrappers", "activation checkpointing")
+
+
+@pytest.mark.parametrize("name", [*INTO, pytest.param("experts by dimension 1", marks=pytest.mark.slow)])
+def test_loading_into_other_ways(name: str, tmp_path: Path) -> None:
+    model = Net()
+    optimizer = optimizer_of(model, **OPTIONS)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        backward(model, optimizer, step, 0)
+        optimizer.step()
+    shard4bit.save(tmp_path, model, optimizer, step=STEPS)
+    expected = shard4bit.digest(model, optimizer)
+    assert set(pool(VARIANTS[name].world).run(loaded_into, name, str(tmp_path))) == {expected}
