@@ -144,9 +144,18 @@ def test_another_optimizers_states(tmp_path: Path) -> None:
 PLAIN = {"type": "AdamW", "params": {**ADAMW, "betas": list(ADAMW["betas"]), "torch_adam": True}}
 
 
-def adamw_native(root: str) -> Any:
-    """AdamW's own run; its moments."""
-    engine = engine_of(Known(), {**config(2), "optimizer": PLAIN})
+def vectors_apart(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Two groups: matrices, and vectors without decay at another rate."""
+    params = list(model.parameters())
+    vectors = {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0, "lr": 1e-3}
+    return [{"params": [p for p in params if p.ndim > 1]}, vectors]
+
+
+def adamw_native(root: str, precision: str = "fp32", groups: bool = False) -> None:
+    """AdamW's own run."""
+    model = Known()
+    more = {"model_parameters": vectors_apart(model)} if groups else {}
+    engine = engine_of(model, {**config(2, precision=precision), "optimizer": PLAIN}, **more)
     for step in range(1, STEPS + 1):
         engine.backward(engine(step))
         engine.step()
@@ -201,9 +210,9 @@ def saved_by_us(root: str) -> None:
         engine.save_checkpoint(root, tag="here")
 
 
-def universal(root: Path) -> None:
+def universal(root: Path, precision: str = "fp32", groups: bool = False) -> None:
     """AdamW's run of two ranks, and DeepSpeed's own program on its files."""
-    pool(2).run(adamw_native, str(root / "native"))
+    pool(2).run(adamw_native, str(root / "native"), precision, groups)
     folders = ["--input_folder", str(root / "native" / "here"), "--output_folder", str(root / "there")]
     workers = ["--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, *workers]
@@ -240,6 +249,38 @@ def test_universal_to_canonical(tmp_path: Path) -> None:
     digest = shard4bit.digest(training.model, training.optimizer)
     assert pool(3).run(reads, str(tmp_path / "canonical")) == [digest] * 3
     assert set(named) == set(SHAPES) and np.isfinite(named["odd"].detach().numpy()).all()
+
+
+@pytest.mark.slow
+def test_universal_of_bf16_with_groups(tmp_path: Path) -> None:
+    """Weights are the fp32 masters; every parameter has its own group's options and moments."""
+    from shard4bit.deepspeed.convert import read_universal
+
+    universal(tmp_path, "bf16", groups=True)
+    training = read_universal(tmp_path / "there", quantize=False)
+    model: Any = Known()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(param.bfloat16())
+    plain = torch.optim.AdamW(vectors_apart(model), **ADAMW)
+    for step in range(1, STEPS + 1):
+        for name, param in model.named_parameters():
+            param.grad = models.gradient(name, tuple(param.shape), step).bfloat16().float()
+        plain.step()
+    named = {param: name for name, param in model.named_parameters()}
+    theirs = {param: name for name, param in training.model.named_parameters()}
+    for group, ours in zip(plain.param_groups, training.optimizer.param_groups, strict=True):
+        assert [named[p] for p in group["params"]] == [theirs[p] for p in ours["params"]]
+        for key in ("lr", "betas", "eps", "weight_decay"):
+            assert group[key] == ours[key]
+        for exact, param in zip(group["params"], ours["params"], strict=True):
+            alike = torch.allclose if engines.OLD else torch.equal  # 0.16.9 takes an Adam of its own
+            assert alike(param, exact), named[exact]
+            for key in ("exp_avg", "exp_avg_sq"):
+                assert alike(training.optimizer.moment(param, key), plain.state[exact][key]), (
+                    named[exact],
+                    key,
+                )
 
 
 def reads(root: str) -> str:
