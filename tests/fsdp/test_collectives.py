@@ -14,6 +14,8 @@ from shard4bit.placement import to_local
 from shard4bit.reference import CPU_CHUNK
 from tests import oracle
 from tests.fsdp import models
+from tests.fsdp.flat import Nest, flattened, force, wrapped
+from tests.fsdp.flat import train as flat_train
 from tests.fsdp.models import SHAPES, Zoo, optimizer_of
 from tests.fsdp.recorder import Recorder, all_reduces
 from tests.pool import pool
@@ -183,3 +185,30 @@ def test_printing_tells_what_a_step_communicates(
         assert f"state on this rank: {held:,} bytes" in text
         assert f"state on this rank: {held:,} bytes" in before and before.count("\n") == text.count("\n")
         assert f"communication of a step: {moved:,} bytes in {len(calls)} all-reduce" in before
+
+
+def printed_flat(kind: str, orig: bool, dtype: str) -> tuple[list[Any], str, int, str]:
+    """As ``printed``, of FSDP1."""
+    model = flattened(Nest(getattr(torch, dtype)), orig)
+    optimizer = wrapped(kind, model)
+    before = repr(optimizer)
+    assert not optimizer.state  # nothing is bound
+    flat_train(model, optimizer, 1)
+    force(model, 2)
+    with Recorder() as recorder:
+        optimizer.step()
+    held = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values())
+    return recorder.calls, repr(optimizer), held, before
+
+
+@pytest.mark.parametrize("kind, orig, dtype", [("rank1", True, "float32"), ("block", False, "bfloat16")])
+def test_printing_tells_it_of_flat_parameters(kind: str, orig: bool, dtype: str) -> None:
+    quantized = [s for s in SHAPES.values() if oracle.is_quantized(s)]
+    counted = f"{len(quantized)} parameters, {sum(torch.Size(s).numel() for s in quantized):,} elements"
+    for calls, text, held, before in pool(3).run(printed_flat, kind, orig, dtype):
+        moved = sum(size for _, _, size in calls)
+        for said in (text, before):
+            assert counted in said, said
+            assert f"state on this rank: {held:,} bytes" in said, said
+            assert f"communication of a step: {moved:,} bytes in {len(calls)} all-reduce" in said, said
+            assert ("WARNING" in said) == (dtype == "bfloat16")
