@@ -216,27 +216,36 @@ def fresh_environment(wheel: Path, folder: Path) -> Path:
     return python
 
 
+PARAMS = {"lr": 0.01, "betas": [0.9, 0.95], "no_decay": ["*.bias"]}
+MASTERS = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+
+
 @needs_deepspeed
-def test_json_alone_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:
-    """The installed wheel, a script in which its name does not occur, and JSONs: by torchrun, 2 ranks."""
+@pytest.mark.parametrize(
+    "stage, kind, options, more",
+    [
+        (2, "AdamW4bit", PARAMS, {}),
+        pytest.param(0, "SGD4bit", {"lr": 0.1}, {"bf16": {"enabled": True}}, marks=pytest.mark.slow),
+        pytest.param(1, "AdamW4bit", PARAMS, MASTERS, marks=pytest.mark.slow),
+    ],
+    ids=["zero2", "stage 0", "BF16_Optimizer"],
+)
+def test_json_alone_in_a_fresh_environment(
+    wheel: Path, tmp_path: Path, stage: int, kind: str, options: dict[str, Any], more: dict[str, Any]
+) -> None:
+    """The installed wheel, a script in which its name does not occur, and a JSON: by torchrun, 2 ranks."""
     python = fresh_environment(wheel, tmp_path / "env")
     assert "shard4bit" not in UNMODIFIED
     (tmp_path / "train.py").write_text(UNMODIFIED)
-    params = {"lr": 0.01, "betas": [0.9, 0.95], "no_decay": ["*.bias"]}
-    for stage, kind, options, more in [
-        (2, "AdamW4bit", params, {}),
-        (0, "SGD4bit", {"lr": 0.1}, {"bf16": {"enabled": True}}),
-        (1, "AdamW4bit", params, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
-    ]:
-        settings = {
-            "train_micro_batch_size_per_gpu": 16,
-            "optimizer": {"type": kind, "params": options},
-            "zero_optimization": {"stage": stage},
-            **more,
-        }
-        (tmp_path / "ds_config.json").write_text(json.dumps(settings))
-        first, last, packed, *which = by_torchrun(python, tmp_path)
-        assert which == [kind, stage] and packed >= 80 * 90 / 2 and last < first
+    settings = {
+        "train_micro_batch_size_per_gpu": 16,
+        "optimizer": {"type": kind, "params": options},
+        "zero_optimization": {"stage": stage},
+        **more,
+    }
+    (tmp_path / "ds_config.json").write_text(json.dumps(settings))
+    first, last, packed, *which = by_torchrun(python, tmp_path)
+    assert which == [kind, stage] and packed >= 80 * 90 / 2 and last < first
 
 
 def by_torchrun(python: Path, folder: Path) -> list[Any]:

@@ -202,8 +202,10 @@ def saved(how: str, orig: bool, strategy: str, root: str, ours: Any, alone: Any)
 
 
 WAYS = ["bf16", "accumulate", "clip", "scaler", "checkpointing", "missing", "compile", "offload"]
+QUICK = {"missing", "scaler"}  # the others take as long and find less
 CASES: list[Any] = [
-    pytest.param(*p.values, 2, "FULL_SHARD", marks=p.marks) for p in covering(WAYS, [True, False])
+    pytest.param(*p.values, 2, "FULL_SHARD", marks=p.marks if p.values[0] in QUICK else pytest.mark.slow)
+    for p in covering(WAYS, [True, False])
 ]
 CASES += [
     ("clip", False, 3, "SHARD_GRAD_OP"),

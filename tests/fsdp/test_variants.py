@@ -407,10 +407,11 @@ def loaded_into(name: str, root: str) -> str:
     return digest
 
 
-INTO = ("tensor parallel", "offloaded", "compiled in place", "compiled wrappers", "activation checkpointing")
+INTO = ("tensor parallel", "compiled in place")
+INTO_SLOW = ("offloaded", "compiled wrappers", "activation checkpointing", "experts by dimension 1")
 
 
-@pytest.mark.parametrize("name", [*INTO, pytest.param("experts by dimension 1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [*INTO, *(pytest.param(name, marks=pytest.mark.slow) for name in INTO_SLOW)])
 def test_loading_into_other_ways(name: str, tmp_path: Path) -> None:
     model = Net()
     optimizer = optimizer_of(model, **OPTIONS)
