@@ -151,7 +151,7 @@ class _Place:
 
     def __init__(self, handle: Any, index: int, start: int, name: str, gradient: _FlatGradient) -> None:
         flat = handle.flat_param
-        self.handle, self.flat, self.name, self.shape = handle, flat, name, tuple(flat._shapes[index])
+        self.flat, self.name, self.shape = flat, name, tuple(flat._shapes[index])
         self.flat_gradient = gradient
         self.param = None if flat._params is None else flat._params[index]
         self.sharded = handle.uses_sharded_strategy

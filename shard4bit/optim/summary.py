@@ -38,7 +38,7 @@ class _Line:
 
 
 def summary(optimizer: QuantizedOptimizer) -> str:
-    """Some lines of text; bytes are of this rank where it is bound."""
+    """Some lines of text; bytes are of this rank, or of one process where it is not known what lies here."""
     lines: dict[str, _Line] = {}
     whole_bytes, low, here = 0, _Line(), list[_Here | None]()
     for param, placed, group in _members(optimizer):
