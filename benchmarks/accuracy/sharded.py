@@ -1,9 +1,10 @@
 """Experiment 6: one training by one process, FSDP2 and ZeRO-2: python -m benchmarks.accuracy.sharded
 
 Runs launch.train with the same seed and data by each engine, with AdamW of torch and AdamW4bit, and prints
-how far the loss curves are from the single process's. AdamW's distance is what the order of sums alone does.
-(4-bit states are equal for equal gradients; where gradients differ in their last bits a code may flip.) A run
-that has left its JSON in --out is not run again.
+how far the loss curves are from the single process's. "halves" is the single process again, adding up its
+gradients in two halves: what the order of sums does to an optimizer without any sharding. (4-bit states are
+equal for equal gradients; where gradients differ in their last bits a code may flip.) A run that has left its
+JSON in --out is not run again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-ENGINES = ("single", "fsdp2", "zero2")
+ENGINES = ("single", "halves", "fsdp2", "zero2")
 OPTIMIZERS = ("adamw", "adamw4bit")
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,16 +28,18 @@ def train(engine: str, optimizer: str, options: argparse.Namespace, rest: list[s
     name = f"{optimizer}-{engine}"
     results = options.out / f"{name}.json"
     if not results.is_file():
-        ranks = 1 if engine == "single" else options.ranks
+        alone = engine in ("single", "halves")
         launcher = [
             sys.executable,
             "-m",
             "torch.distributed.run",
             "--standalone",
             "--nproc-per-node",
-            str(ranks),
+            str(options.ranks),
         ]
-        command = [*(launcher if ranks > 1 else [sys.executable]), "-m", "launch.train", "--engine", engine]
+        program = "benchmarks.accuracy.halves" if engine == "halves" else "launch.train"
+        command = [*([sys.executable] if alone else launcher), "-m", program]
+        command += ["--engine", "single" if alone else engine]
         command += ["--optimizer", optimizer, "--steps", str(options.steps), "--save-every", "0", "--fresh"]
         command += ["--out", str(options.out / name), "--results", str(results.absolute()), *rest]
         subprocess.run(command, cwd=ROOT, check=True)

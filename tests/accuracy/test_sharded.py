@@ -21,7 +21,7 @@ def test_distances() -> None:
 
 @pytest.mark.slow
 @needs_deepspeed
-def test_three_engines_and_no_second_run(tmp_path: Path) -> None:
+def test_all_engines_and_no_second_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.accuracy.sharded", "--steps", "4", "--out", str(tmp_path)]
     tables = []
     for _ in range(2):
@@ -30,6 +30,6 @@ def test_three_engines_and_no_second_run(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr[-3000:]
         tables.append([line for line in done.stdout.splitlines() if line.startswith("| ")])
-        assert len(list(tmp_path.glob("*.json"))) == 6
-    assert tables[0] == tables[1] and len(tables[0]) == 7
+        assert len(list(tmp_path.glob("*.json"))) == 8
+    assert tables[0] == tables[1] and len(tables[0]) == 9
     assert all(float(row.split("|")[4]) < 1e-3 for row in tables[0][1:])
