@@ -69,8 +69,11 @@ def save(kind: str, layout: str, path: str, asynchronous: bool) -> Found:
     states = states_of(model, optimizer)
     if asynchronous:
         before = found(model, optimizer)
-        saving: Any = dcp.async_save(states, checkpoint_id=path)
+        # in a group of its own: its thread and the steps would mix their collectives up in one
+        saving: Any = dcp.async_save(states, checkpoint_id=path, process_group=dist.new_group(backend="gloo"))
+        models.train(model, optimizer, 2, first=STEPS + 1)  # what is written was copied before
         saving.result()
+        assert found(model, optimizer)[1] != before[1]
         return before
     dcp.save(states, checkpoint_id=path)
     return found(model, optimizer)
