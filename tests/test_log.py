@@ -54,7 +54,9 @@ def test_one_process_has_no_rank(tmp_path: Path) -> None:
     assert any(line.startswith("saved ") for line in heard(logging.INFO, str(tmp_path)))
 
 
-@pytest.mark.parametrize("setup", ["", "import logging; logging.basicConfig()"])
+@pytest.mark.parametrize(
+    "setup", ["", pytest.param("import logging; logging.basicConfig()", marks=pytest.mark.slow)]
+)
 def test_silent_unless_asked(tmp_path: Path, setup: str) -> None:
     program = f"""{setup}
 import torch, shard4bit

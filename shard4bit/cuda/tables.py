@@ -54,7 +54,7 @@ def code_tables() -> np.ndarray:
         low, high = number / BIN_SCALE, (number + 1) / BIN_SCALE
         inside = (mids >= low) & (mids < high)
         assert inside.sum() <= 1, number
-        bins[number % 128] = (mids < low).sum()
+        bins[number % 128] = 4 * (mids < low).sum()
     return np.concatenate([values.view(np.uint8), mids.view(np.uint8), bins])
 
 

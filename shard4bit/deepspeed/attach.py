@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -113,7 +113,7 @@ def _finish(engine: Any) -> None:
 
 
 @contextmanager
-def _scaling(engine: Any, loss: Any, factor: float) -> Iterator[None]:
+def _scaling(engine: Any, loss: Any, factor: Callable[[], float]) -> Iterator[None]:
     """Around ``engine.backward``."""
     if engine not in _layouts:
         yield

@@ -40,11 +40,11 @@ def attach(
     prepare: Callable[[Any, Any], None],
     building: Callable[[Any], AbstractContextManager[None]],
     finish: Callable[[Any], None],
-    scaling: Callable[[Any, Any, float], AbstractContextManager[None]],
+    scaling: Callable[[Any, Any, Callable[[], float]], AbstractContextManager[None]],
 ) -> None:
     """Have every engine call ``prepare(engine, optimizer)`` when it has its basic optimizer, build its own
     optimizer around that within ``building(optimizer)``, call ``finish(engine)`` when all is built, and go
-    backward within ``scaling(engine, loss, what it multiplies the loss by)``.
+    backward within ``scaling(engine, loss, a function of what it multiplies the loss by)``.
     Done once; later calls change nothing.
 
     This may come in the midst of an engine's initialization, when it asks for an optimizer by name: only
@@ -70,9 +70,11 @@ def attach(
 
     @functools.wraps(back)
     def backward(engine: Any, loss: Any, *args: Any, **kwargs: Any) -> Any:
-        given = arguments.bind(engine, loss, *args, **kwargs).arguments
-        divided = given.get("scale_wrt_gas", True)
-        factor = 1.0 / read(engine, "gradient_accumulation_steps")() if divided else 1.0
+        def factor() -> float:
+            given = arguments.bind(engine, loss, *args, **kwargs).arguments
+            steps = read(engine, "gradient_accumulation_steps")()
+            return 1.0 / steps if given.get("scale_wrt_gas", True) else 1.0
+
         with scaling(engine, loss, factor):
             return back(engine, loss, *args, **kwargs)
 

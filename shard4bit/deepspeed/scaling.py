@@ -3,7 +3,7 @@ not multiply the loss by it, whatever the optimizer. Here it is multiplied, wher
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,20 +18,21 @@ _scales: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 @contextmanager
-def scaled(engine: Any, loss: Any, factor: float) -> Iterator[None]:
+def scaled(engine: Any, loss: Any, factor: Callable[[], float]) -> Iterator[None]:
     """Within it, ``engine.backward`` of this loss has gradients times the scale that DeepSpeed divides by.
 
-    factor: of the loss in that call, but for the scale (1 / the steps of accumulation). What arrives at the
-    loss is factor if DeepSpeed does not scale, and factor * scale if it does.
+    factor: gives that of the loss in that call, but for the scale (1 / the steps of accumulation). What
+    arrives at the loss is factor if DeepSpeed does not scale, and factor * scale if it does.
     """
     scale = layout.loss_scale(engine)
     if scale == 1.0 or not isinstance(loss, Tensor) or not loss.requires_grad:
         yield
         return
+    expected = factor()
 
     def hook(grad: Tensor) -> Tensor:
         if engine not in _scales:  # waits for the device, once
-            _scales[engine] = _already(float(grad) / factor, scale)
+            _scales[engine] = _already(float(grad) / expected, scale)
         return grad if _scales[engine] else grad * scale
 
     handle = loss.register_hook(hook)

@@ -92,6 +92,7 @@ def test_random_numbers_are_by_place_and_uniform() -> None:
     assert abs(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]) < 0.02
 
 
+@pytest.mark.slow
 def test_compensated_parameters_arrive_where_exact_ones_do() -> None:
     """Once gradients have ended and the moments have run out, parameters lie where those with an exact first
     moment do, however coarse its rounding was; not compensated, they do not. (eps rules the denominator, so
@@ -154,6 +155,7 @@ def test_anatomy_changes_nothing() -> None:
         assert 0.05 < row["stale"] == pytest.approx(same / row["elements"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_anatomy_of_a_toy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "anatomy.csv"
     assert anatomy.main(["--toy", "--every", "20", "--arms", "v exact", "--out", str(out)]) == 0

@@ -12,7 +12,9 @@ import shard4bit
 from tests.fsdp.models import Zoo
 
 MIB = 1 << 20
-SIZE = 12 * 48 * MIB  # bytes of the model, in tensors of 48 MiB
+SLACK = 16 * MIB  # buffers of files
+LARGEST = 24 * MIB
+SIZE = 12 * LARGEST  # bytes of the model, in tensors of as much
 
 
 def growth(work: Callable[[], Any]) -> int:
@@ -32,16 +34,16 @@ def growth(work: Callable[[], Any]) -> int:
 class Large(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        for number in range(SIZE // (48 * MIB)):
-            self.register_parameter(f"p{number}", torch.nn.Parameter(torch.ones(12 * MIB // 1024, 1024)))
+        for number in range(SIZE // LARGEST):
+            self.register_parameter(f"p{number}", torch.nn.Parameter(torch.ones(LARGEST // 4096, 1024)))
 
 
 def test_saving_and_loading_take_little_memory(tmp_path: Path) -> None:
     model, warm = Large(), Zoo({"b": (5,)})
     shard4bit.save(tmp_path / "warm", warm, step=1)
     shard4bit.load(tmp_path / "warm", warm)
-    assert growth(lambda: shard4bit.save(tmp_path, model, step=1)) < 64 * MIB
-    assert growth(lambda: shard4bit.load(tmp_path, model)) < (256 + 64) * MIB
+    assert growth(lambda: shard4bit.save(tmp_path, model, step=1)) < LARGEST + SLACK
+    assert growth(lambda: shard4bit.load(tmp_path, model)) < LARGEST + SLACK
     staged = growth(lambda: shard4bit.save(tmp_path, model, step=2, asynchronous=True).wait())
-    assert SIZE // 2 < staged < SIZE + 64 * MIB  # one host copy, in part in memory freed before
-    assert growth(lambda: shard4bit.digest(model)) < 128 * MIB
+    assert SIZE // 2 < staged < SIZE + LARGEST + SLACK  # one host copy, in part in memory freed before
+    assert growth(lambda: shard4bit.digest(model)) < LARGEST + SLACK

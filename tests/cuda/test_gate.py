@@ -40,7 +40,7 @@ def names(config: Config) -> str:
 def budgets(config: Config, arch: str) -> dict[str, int]:
     """Registers that a thread may have, by kernel."""
     apply, measure = FOUR_BLOCKS, FOUR_BLOCKS
-    if config.second == "BLOCKED" and arch == "sm_100" and (config.param == "F32") != (config.grad == "F32"):
+    if config.second == "BLOCKED" and arch == "sm_100" and "F32" in (config.param, config.grad):
         apply = THREE_BLOCKS
     if config.second == "RANK1":
         if "F32" in (config.param, config.grad):

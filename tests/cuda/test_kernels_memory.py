@@ -134,11 +134,16 @@ def test_a_fault_is_reported() -> None:
 @pytest.mark.parametrize(
     ("kind", "dtype", "grad_dtype"),
     [
-        ("rank1", torch.float32, torch.float16),
         ("rank1", torch.bfloat16, torch.bfloat16),
-        ("block", torch.float16, torch.float16),
-        ("factored", torch.bfloat16, torch.float32),
-        ("nesterov", torch.float32, torch.float32),
+        *[  # each is compiled anew
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("rank1", torch.float32, torch.float16),
+                ("block", torch.float16, torch.float16),
+                ("factored", torch.bfloat16, torch.float32),
+                ("nesterov", torch.float32, torch.float32),
+            )
+        ],
     ],
     ids=str,
 )

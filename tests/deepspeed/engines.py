@@ -118,8 +118,9 @@ class Known(Zoo):
     """A Zoo whose loss has exactly the gradients of ``models.gradient``."""
 
     def forward(self, step: int) -> Tensor:
-        whole = {n: models.gradient(n, tuple(p.shape), step) for n, p in self.named_parameters()}
-        return torch.stack([(p.float() * whole[n]).sum() for n, p in self.named_parameters()]).sum()
+        named = list(self.named_parameters())
+        whole = {n: models.gradient(n, tuple(p.shape), step).to(p.device) for n, p in named}
+        return torch.stack([(p.float() * whole[n]).sum() for n, p in named]).sum()
 
 
 def rounded(precision: str) -> torch.dtype:

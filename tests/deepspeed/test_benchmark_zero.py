@@ -42,3 +42,20 @@ def test_at_a_small_size(tmp_path: Path) -> None:
         assert result["optimizer_wall_ms"] > 0 and result["step_wall_ms"] > 0
     for stage in (1, 2):
         assert results[stage, "torch-fused"]["state_mb"] > 2.5 * results[stage, "rank1"]["state_mb"]
+
+
+@pytest.mark.slow
+def test_sizes_of_files(tmp_path: Path) -> None:
+    """The bounds that the documentation quotes hold from a quarter of GPT-2 small's dimensions on."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += ["-m", "benchmarks.deepspeed_files", "--scale", "4"]
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    printed = done.stdout.splitlines()
+    rows = {
+        line[:28].strip(): [float(x) for x in line[28:].split()] for line in printed if "masters  " in line
+    }
+    assert rows["AdamW, fp32 masters"] == pytest.approx([8.0, 12.0], rel=0.01)
+    assert rows["AdamW4bit, fp32 masters"] == pytest.approx([1.1, 5.1], rel=0.05)
+    assert sum("(at least " in line for line in printed) == 2

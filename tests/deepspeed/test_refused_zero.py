@@ -165,6 +165,27 @@ def test_offloading(stage: int, device: str) -> None:
         assert f"offload_optimizer to {device}" in str(outcome[1]), outcome[1]
 
 
+def offloading(client: bool) -> None:
+    """As users would write it, without ``zero_force_ds_cpu_optimizer``."""
+    model = Known()
+    settings = {**config(1), "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
+    more = {"optimizer": shard4bit.AdamW4bit(model.parameters())} if client else {}
+    if client:
+        del settings["optimizer"]
+    engine_of(model, settings, **more)
+
+
+@pytest.mark.parametrize("client", [False, True])
+def test_offloading_without_further_options(client: bool) -> None:
+    """DeepSpeed's own error comes first for a client's optimizer."""
+    for kind, error, _ in pool(2).outcomes(offloading, client):
+        assert kind == "error"
+        if client:
+            assert "ZeRO-Offload with a client provided optimizer" in str(error), error
+        else:
+            assert isinstance(error, LayoutError) and "offload_optimizer to cpu" in str(error), error
+
+
 BF16: dict[str, Any] = {"enabled": True, "bf16_master_weights_and_grads": True}
 FP16: dict[str, Any] = {"enabled": True, "fp16_master_weights_and_grads": True}
 THEIRS: list[tuple[int, dict[str, Any], str]] = [

@@ -38,7 +38,24 @@ extern "C" __global__ void quotients(u32 seed, u64 count, u64* wrong) {
     if (__float_as_uint(divide_in_range(a, b)) != __float_as_uint(divide(a, b))) atomicAdd(wrong, 1ull);
   }
 }
+// Divisors of [1, 2) whose reciprocal is not the rounded one, into ``found``.
+extern "C" __global__ void reciprocals(u32* found, u64* wrong) {
+  for (u32 i = blockIdx.x * 256u + threadIdx.x; i < 0x800000u; i += gridDim.x * 256u) {
+    float b = __uint_as_float(0x3f800000u + i);
+    if (__float_as_uint(reciprocal_in_range(b)) != __float_as_uint(divide(1.0f, b)))
+      found[atomicAdd(wrong, 1ull) % 64] = 0x3f800000u + i;
+  }
+}
+// Quotients of every mantissa by one.
+extern "C" __global__ void all_by(u32 divisor, i32 a_exponent, i32 b_exponent, u64* wrong) {
+  float b = __uint_as_float(divisor + ((u32)b_exponent << 23));
+  for (u32 i = blockIdx.x * 256u + threadIdx.x; i < 0x800000u; i += gridDim.x * 256u) {
+    float a = __uint_as_float((u32)(127 + a_exponent) << 23 | i);
+    if (__float_as_uint(divide_in_range(a, b)) != __float_as_uint(divide(a, b))) atomicAdd(wrong, 1ull);
+  }
+}
 """
+DIFFICULT = (0x3FFFFFFD, 0x3FFFFFFF)  # for some guesses of the hardware, a quotient would be wrong
 
 
 def run(name: str, *args: object) -> int:
@@ -50,6 +67,17 @@ def run(name: str, *args: object) -> int:
     module.get_function(name)((4096,), (256,), (*args, wrong.data_ptr()))
     torch.cuda.synchronize()
     return int(wrong.item())
+
+
+def test_every_quotient_that_a_reciprocal_could_spoil() -> None:
+    """Where the reciprocal is rounded correctly, the quotient is (Markstein's theorem): see all others."""
+    found = torch.zeros(64, dtype=torch.int32, device="cuda")
+    count = run("reciprocals", found.data_ptr())
+    assert count < 64
+    for divisor in {*DIFFICULT, *found[:count].tolist()}:
+        for exponents in ((0, 0), (-80, -50), (39, 34), (-80, 34), (39, -50)):
+            wrong = run("all_by", np.uint32(divisor), *map(np.int32, exponents))
+            assert wrong == 0, (hex(divisor), exponents)
 
 
 def test_every_root_in_range() -> None:

@@ -12,8 +12,11 @@ import pytest
 import torch
 
 import shard4bit
+from tests.deepspeed.engines import needs_deepspeed
+from tests.gpu import overlap
 from tests.gpu.test_kernels import compare, pair, set_grads
 from tests.launch.running import call
+from tests.pool import pool
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,3 +65,14 @@ def test_fsdp2_goes_on_with_one_gpu(second: str, tmp_path: Path) -> None:
     assert one["first_step"] == SAVED and one["restored_digest"] == two["checkpoint"]["digest"]
     assert two["losses"][-1] < two["losses"][0]
     assert one["losses"] == pytest.approx(two["losses"][SAVED:], rel=1e-2)
+
+
+@needs_deepspeed
+def test_zero_overlapping_communication() -> None:
+    """DeepSpeed then reduces on streams of its own: the bits of CPU ranks, overlapping or not."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1")
+    done = call(*command, "-m", "tests.gpu.overlap", CUDA_VISIBLE_DEVICES=visible)
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected = pool(2).run(overlap.digest, 1, False)[0]
+    assert json.loads(done.stdout.splitlines()[-1]) == [expected] * len(overlap.CASES)

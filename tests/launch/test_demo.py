@@ -1,4 +1,4 @@
-"""The demo as a user runs it, on 2 ranks with few steps; and the messages of wrong options."""
+"""The demo on 2 ranks with few steps, in test pools and as a user runs it; messages of wrong options."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from launch import demo
+from tests.launch.running import train
+from tests.pool import pool
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,15 +30,38 @@ def python(*arguments: str, limit: float = 200) -> subprocess.CompletedProcess[s
     )
 
 
-@pytest.mark.timeout(240)
-def test_demo_saves_resumes_and_compares(tmp_path: Path) -> None:
+@pytest.fixture
+def few_steps(tmp_path: Path) -> list[str]:
     text = tmp_path / "text.txt"
     text.write_text("Every rank keeps its shard, and every shard its four bits.\n" * 200)
-    out = tmp_path / "demo"
-    options = ["--device", "cpu", "--data", str(text), "--steps", "6", "--out", str(out)]
-    done = python("-m", "launch.demo", *options)
-    assert done.returncode == 0, done.stdout + done.stderr
+    return ["--device", "cpu", "--data", str(text), "--steps", "6", "--out", str(tmp_path / "demo")]
 
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_demo_saves_resumes_and_compares(tmp_path: Path, few_steps: list[str]) -> None:
+    done = python("-m", "launch.demo", *few_steps)
+    assert done.returncode == 0, done.stdout + done.stderr
+    look(tmp_path / "demo", done.stdout)
+
+
+def in_pools(ranks: int, program: list[str], limit: float) -> None:
+    """What ``launch.demo.run_ranks`` does, on ranks that have started already."""
+    assert program[:2] == ["-m", "launch.train"] and limit > 0
+    results = pool(ranks).run(train, program[2:])[0]
+    Path(program[program.index("--results") + 1]).write_text(json.dumps(results))
+
+
+def test_demo_in_pools(
+    tmp_path: Path, few_steps: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "run_ranks", in_pools)
+    assert demo.main(few_steps) == 0
+    look(tmp_path / "demo", capsys.readouterr().out)
+
+
+def look(out: Path, printed: str) -> None:
+    """At what a demo of six steps wrote and printed."""
     kinds = ("adamw4bit", "adamw", "check-3", "check-1", "resumed-3")
     results = {name: json.loads((out / f"{name}.json").read_text()) for name in kinds}
     ours, theirs = results["adamw4bit"], results["adamw"]
@@ -56,10 +83,10 @@ def test_demo_saves_resumes_and_compares(tmp_path: Path) -> None:
         assert results[name]["val_loss"] == pytest.approx(saved["val_loss"], abs=1e-4)
     assert results["resumed-3"]["losses"] == pytest.approx(ours["losses"][3:], abs=1e-3)
 
-    printed = re.findall(r"(?:saved by|restored on) .*?([0-9a-f]{32,})", done.stdout)
-    assert printed == [saved["digest"]] * 3
-    assert done.stdout.count("equal, bit for bit") == 2
-    assert "optimizer state (bytes/parameter)" in done.stdout
+    digests = re.findall(r"(?:saved by|restored on) .*?([0-9a-f]{32,})", printed)
+    assert digests == [saved["digest"]] * 3
+    assert printed.count("equal, bit for bit") == 2
+    assert "optimizer state (bytes/parameter)" in printed
     picture = (out / "loss.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
 

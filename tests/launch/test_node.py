@@ -126,6 +126,7 @@ def curves(out: str) -> dict[str, tuple[list[float], str | None, str | None]]:
     return found
 
 
+@pytest.mark.slow
 def test_engines_of_two_dimensions_train_the_same_model(tmp_path: Path) -> None:
     every = pool(4).run(curves, str(tmp_path))
     found = every[0]

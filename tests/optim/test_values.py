@@ -166,7 +166,7 @@ def test_below_the_smallest_normal_is_zero() -> None:
 # ---- memory -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk", [50, 333, 1000])
+@pytest.mark.parametrize("chunk", [333, *(pytest.param(n, marks=pytest.mark.slow) for n in (50, 1000))])
 @pytest.mark.parametrize(
     "names", [("B128/DE", "rank1"), ("B7/DE", "B10/DE-0/8"), ("Tensor/DE", "fp32")], ids=str
 )

@@ -93,14 +93,18 @@ DEVICE float root_in_range(float a) {
   return fma_near(fma_near(negative(r), r, a), mul(guess, 0.5f), r);
 }
 
-// The same bits as divide() for |a| in [LEAST_NUMERATOR, MOST] and b in [2^-50, 2^35], without its checks.
-DEVICE float divide_in_range(float a, float b) {
+// 1/b, rounded correctly but for a few b, where it is the neighbour of that.
+DEVICE float reciprocal_in_range(float b) {
   float guess = reciprocal_guess(b);
-  float minus = negative(b);
-  guess = fma_near(fma_near(minus, guess, 1.0f), guess, guess);
-  float q = mul(a, guess);
-  q = fma_near(fma_near(minus, q, a), guess, q);
-  return fma_near(fma_near(minus, q, a), guess, q);
+  return fma_near(fma_near(negative(b), guess, 1.0f), guess, guess);
+}
+
+// The same bits as divide() for |a| in [LEAST_NUMERATOR, MOST] and b in [2^-50, 2^35], without its checks and its
+// second correction, which no a needs (docs/decisions/0023-one-correction-less.md).
+DEVICE float divide_in_range(float a, float b) {
+  float by = reciprocal_in_range(b);
+  float q = mul(a, by);
+  return fma_near(fma_near(negative(b), q, a), by, q);
 }
 #endif
 
@@ -143,9 +147,14 @@ DEVICE u32 byte_of(u32 x, u32 index) {
 DEVICE uint4 load16(u64 at) { return *(const uint4*)at; }
 DEVICE u32 load4(u64 at) { return *(const u32*)at; }
 DEVICE float load_float(u64 at) { return *(const float*)at; }
-DEVICE void store16(u64 at, uint4 x) { *(uint4*)at = x; }
 DEVICE void store4(u64 at, u32 x) { *(u32*)at = x; }
-DEVICE void store_float(u64 at, float x) { *(float*)at = x; }
+// Predicated: a branch around a store costs three instructions, and these are in the inner loop.
+DEVICE void store4_if(bool on, u64 at, u32 x) {
+  if (on) *(u32*)at = x;
+}
+DEVICE void store16_if(bool on, u64 at, uint4 x) {
+  if (on) *(uint4*)at = x;
+}
 #else
 // Explicitly global: a pointer out of a table would be accessed generically.
 DEVICE uint4 load16(u64 at) {
@@ -163,11 +172,25 @@ DEVICE float load_float(u64 at) {
   asm("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(at));
   return x;
 }
-DEVICE void store16(u64 at, uint4 x) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w));
-}
 DEVICE void store4(u64 at, u32 x) { asm volatile("st.global.u32 [%0], %1;" ::"l"(at), "r"(x)); }
-DEVICE void store_float(u64 at, float x) { asm volatile("st.global.f32 [%0], %1;" ::"l"(at), "f"(x)); }
+DEVICE void store4_if(bool on, u64 at, u32 x) {
+  asm volatile("{.reg .pred on; setp.ne.b32 on, %2, 0; @on st.global.u32 [%0], %1;}" ::"l"(at), "r"(x), "r"((u32)on));
+}
+DEVICE void store16_if(bool on, u64 at, uint4 x) {
+  asm volatile("{.reg .pred on; setp.ne.b32 on, %5, 0; @on st.global.v4.u32 [%0], {%1, %2, %3, %4};}" ::"l"(at),
+               "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"((u32)on));
+}
+#endif
+
+// base + index step, by one instruction. (The compiler makes four of it: it carries the product's zero upper half.)
+#ifdef CUSIM
+DEVICE u64 place_of(u64 base, u32 index, u32 step) { return base + (u64)index * step; }
+#else
+DEVICE u64 place_of(u64 base, u32 index, u32 step) {
+  u64 r;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(r) : "r"(index), "r"(step), "l"(base));
+  return r;
+}
 #endif
 
 // Copies from global to shared memory that go on while the thread computes; wait_copies(n) waits for all but

@@ -3,7 +3,8 @@
 #pragma once
 
 // Host-made tables of the signed map. A value y in [-1, 1] falls into the bin floor(63 y) (modulo 128);
-// bins hold at most one midpoint, the first that is not below the bin: its number is the bin's base code.
+// bins hold at most one midpoint, the first that is not below the bin: its number is the bin's base code. Bins
+// have it times 4, which is where that midpoint is, in bytes.
 struct Tables {
   float values[16];
   float mids[16];  // 15 midpoints and +Inf
@@ -13,11 +14,28 @@ struct Tables {
 #define BIN_SCALE 63.0f
 #define INTEGER 12582912.0f  // 1.5 x 2^23: adding it puts an integer into the low mantissa bits
 
+// a + 4 if y > mid, else a. (Of C the compiler makes an addition and a selection.) And a byte as it was read,
+// which the compiler else masks once more.
+#ifdef CUSIM
+DEVICE u32 add_4_if_above(u32 a, float y, float mid) { return y > mid ? a + 4 : a; }
+DEVICE u32 byte_as_read(u8 x) { return x; }
+#else
+DEVICE u32 byte_as_read(u8 x) {
+  u32 r;
+  asm("mov.b32 %0, %1;" : "=r"(r) : "r"((u32)x));
+  return r;
+}
+DEVICE u32 add_4_if_above(u32 a, float y, float mid) {
+  asm("{.reg .pred above; setp.gt.f32 above, %1, %2; @above add.u32 %0, %0, 4;}" : "+r"(a) : "f"(y), "f"(mid));
+  return a;
+}
+#endif
+
 // Adds the code of y at nibble k of a word.
 DEVICE u32 add_signed(const Tables& t, float y, i32 k, u32 word) {
-  u32 base = t.bins[__float_as_uint(fma_down(y, BIN_SCALE, INTEGER)) & 127u];
-  word += base << (4 * k);
-  return y > t.mids[base] ? word + (1u << (4 * k)) : word;
+  u32 place = byte_as_read(t.bins[__float_as_uint(fma_down(y, BIN_SCALE, INTEGER)) & 127u]);
+  place = add_4_if_above(place, y, *(const float*)((const u8*)t.mids + place));
+  return word + (k == 0 ? place >> 2 : place << (4 * k - 2));
 }
 
 // Eight codes under one absmax. Scales that are 0 or NaN give code 0; under an infinite one finite values
@@ -47,10 +65,12 @@ DEVICE u32 encode_linear8(const float* x, Inverse inv) {
   return word;
 }
 
-// Stochastic rounding (maths/rounding.py): a hash for eight columns of a row in a step, and from it a number
-// of [1, 2) for each of them.
-DEVICE u32 drawn_hash(u32 step, u32 row, u32 columns) {
-  u32 x = step * 0x9E3779B9u + row * 0x85EBCA6Bu + columns * 0xC2B2AE35u;
+// Stochastic rounding (maths/rounding.py): a hash for eight columns of a row (drawn_row) in a step, and from
+// it a number of [1, 2) for each of them.
+DEVICE u32 drawn_row(u32 step, u32 row) { return step * 0x9E3779B9u + row * 0x85EBCA6Bu; }
+
+DEVICE u32 drawn_hash(u32 row, u32 columns) {
+  u32 x = row + columns * 0xC2B2AE35u;
   x = (x ^ (x >> 16)) * 0x7FEB352Du;
   x = (x ^ (x >> 15)) * 0x846CA68Bu;
   return x ^ (x >> 16);

@@ -92,7 +92,7 @@ DEVICE void unpack8(T t, const uint4* a, float* x) {
   for (i32 j = 0; j < 4; ++j) widen2(t, word[j], x + 2 * j);
 }
 
-// At a 16-byte boundary of global memory.
+// At a 16-byte boundary of global memory; stored only if ``on``.
 template <class T>
 DEVICE void load8(T t, u64 at, float* x) {
   uint4 a[T::vectors];
@@ -101,15 +101,17 @@ DEVICE void load8(T t, u64 at, float* x) {
   unpack8(t, a, x);
 }
 
-DEVICE void store8(F32, u64 at, const float* x) {
+DEVICE void store8(F32, u64 at, const float* x, bool on = true) {
 #pragma unroll
   for (i32 j = 0; j < 2; ++j)
-    store16(at + 16 * j, make_uint4(__float_as_uint(x[4 * j]), __float_as_uint(x[4 * j + 1]),
-                                    __float_as_uint(x[4 * j + 2]), __float_as_uint(x[4 * j + 3])));
+    store16_if(on, at + 16 * j,
+               make_uint4(__float_as_uint(x[4 * j]), __float_as_uint(x[4 * j + 1]),
+                          __float_as_uint(x[4 * j + 2]), __float_as_uint(x[4 * j + 3])));
 }
 
 template <class T>
-DEVICE void store8(T t, u64 at, const float* x) {
-  store16(at, make_uint4(narrow2(t, x[0], x[1]), narrow2(t, x[2], x[3]), narrow2(t, x[4], x[5]),
-                         narrow2(t, x[6], x[7])));
+DEVICE void store8(T t, u64 at, const float* x, bool on = true) {
+  store16_if(on, at,
+             make_uint4(narrow2(t, x[0], x[1]), narrow2(t, x[2], x[3]), narrow2(t, x[4], x[5]),
+                        narrow2(t, x[6], x[7])));
 }

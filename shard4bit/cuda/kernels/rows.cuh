@@ -43,12 +43,12 @@ struct Window {
   }
 
   // Addresses in the i-th row.
-  DEVICE u64 param_at(i32 i) const { return param + (u64)(u32)i * param_step; }
-  DEVICE u64 grad_at(i32 i) const { return grad + (u64)(u32)i * grad_step; }
-  DEVICE u64 m_codes_at(i32 i) const { return m_codes + (u64)(u32)i * code_step; }
-  DEVICE u64 v_codes_at(i32 i) const { return v_codes + (u64)(u32)i * code_step; }
-  DEVICE u64 m_absmax_at(i32 i) const { return m_absmax + (u64)(u32)i * absmax_step; }
-  DEVICE u64 v_absmax_at(i32 i) const { return v_absmax + (u64)(u32)i * absmax_step; }
+  DEVICE u64 param_at(i32 i) const { return place_of(param, i, param_step); }
+  DEVICE u64 grad_at(i32 i) const { return place_of(grad, i, grad_step); }
+  DEVICE u64 m_codes_at(i32 i) const { return place_of(m_codes, i, code_step); }
+  DEVICE u64 v_codes_at(i32 i) const { return place_of(v_codes, i, code_step); }
+  DEVICE u64 m_absmax_at(i32 i) const { return place_of(m_absmax, i, absmax_step); }
+  DEVICE u64 v_absmax_at(i32 i) const { return place_of(v_absmax, i, absmax_step); }
 };
 
 // One row of a warp on its way from global memory, lane by lane. Where parameters and gradients have 16 bits,

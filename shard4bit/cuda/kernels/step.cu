@@ -7,8 +7,8 @@
 
 // Thread blocks of apply at a time: 64 registers a thread, or 80 where that would spill (fp32 parameters or
 // gradients under rank-1).
-#if SECOND == BLOCKED && __CUDA_ARCH__ >= 1000  // there 64 registers spill with 32-bit and 16-bit types mixed
-#define BLOCKS_PER_SM (PARAM::vectors + GRAD::vectors == 3 ? 3 : 4)
+#if SECOND == BLOCKED && __CUDA_ARCH__ >= 1000  // there 64 registers spill with 32-bit types
+#define BLOCKS_PER_SM (PARAM::vectors + GRAD::vectors > 2 ? 3 : 4)
 #else
 #define BLOCKS_PER_SM (SECOND == RANK1 && PARAM::vectors + GRAD::vectors > 2 ? 3 : 4)
 #endif
@@ -101,25 +101,27 @@ DEVICE void load_columns(const Slab& s, const Tile& tile, Columns& columns) {
 // The statistics of a lane's row among the 32 of its warp, to be passed on by shuffles.
 struct Row {
   float old, inv, top;  // rank-1: maximum, reciprocal of the new one, the new one; factored: old = rho
-  DEVICE Row(const Slab& s, const Window& w, i32 lane_id) : old(0), inv(0), top(0) {
+  u32 drawn;            // for stochastic rounding
+  DEVICE Row(const Slab& s, const Hyper& h, const Window& w, i32 lane_id) : old(0), inv(0), top(0), drawn(0) {
     if (lane_id >= w.count) return;
+    i32 row = w.row0 + lane_id;
+    if (h.draw != 0) drawn = drawn_row(h.draw, s.numbers != 0 ? ((const u32*)s.numbers)[row] : s.row0 + (u32)row);
 #if SECOND == RANK1
-    old = ((const float*)s.v_row)[w.row0 + lane_id];
-    top = settle(((const float*)s.new_row)[w.row0 + lane_id]);
+    old = ((const float*)s.v_row)[row];
+    top = settle(((const float*)s.new_row)[row]);
     inv = inverse(top);
 #elif SECOND == FACTORED
     float mean = *(const float*)s.v_mean;
-    old = mean == 0.0f ? 0.0f : divide(((const float*)s.v_row)[w.row0 + lane_id], mean);
+    old = mean == 0.0f ? 0.0f : divide(((const float*)s.v_row)[row], mean);
 #endif
   }
 };
 
-// The second moment's codes of a lane's columns in a stored row, by the rounding asked for.
+// The second moment's codes of a lane's columns in the warp's i-th row, by the rounding asked for.
 template <class Inverse>
-DEVICE u32 encode8(const float* x, Inverse inv, const Hyper& h, const Slab& s, i32 row, i32 col) {
+DEVICE u32 encode8(const float* x, Inverse inv, const Hyper& h, const Row& mine, i32 i, i32 col) {
   if (h.draw == 0) return encode_linear8(x, inv);
-  u32 number = s.numbers != 0 ? ((const u32*)s.numbers)[row] : s.row0 + (u32)row;
-  return encode_drawn8(x, inv, drawn_hash(h.draw, number, (u32)col / LANE_COLS));
+  return encode_drawn8(x, inv, drawn_hash(__shfl_sync(FULL_MASK, mine.drawn, i), (u32)col / LANE_COLS));
 }
 
 #define LATE_PARAM (RULE == ADAMW)  // a staged parameter is read where it is needed, which saves registers
@@ -129,7 +131,7 @@ DEVICE void apply_rows(const Slab& s, const Live& live, const Hyper& h, const Ta
                        const Columns& c, Stage* stages, i32 lane_id) {
   constexpr bool staged = FAST && STAGED;
   if (staged) stages[0].fetch(w, 0, lane_id);
-  Row mine(s, w, lane_id);
+  Row mine(s, h, w, lane_id);
 #if SECOND == RANK1 || SECOND == FACTORED
   float by_column[8], least_column, most_column;
   read8(c.old + w.local, by_column);
@@ -218,7 +220,7 @@ DEVICE void apply_rows(const Slab& s, const Live& live, const Hyper& h, const Ta
 #if SECOND == BLOCKED
     Scale v;
     block_max2(largest, v_largest, lane_id, finish, m, v);
-    u32 v_word = encode8(second, [&](i32) { return v.inv; }, h, s, row, w.col);
+    u32 v_word = encode8(second, [&](i32) { return v.inv; }, h, mine, i, w.col);
 #else
     m = finish(block_max(largest), false);
 #endif
@@ -228,27 +230,25 @@ DEVICE void apply_rows(const Slab& s, const Live& live, const Hyper& h, const Ta
       if (k % 4 == 0) read4(c.inv + w.local + k, four);
       return max_or_nan(row_inv, four[k % 4]);
     };
-    u32 v_word = encode8(second, inverse_at, h, s, row, w.col);
+    u32 v_word = encode8(second, inverse_at, h, mine, i, w.col);
 #endif
     u32 m_word = encode_signed8(t, first, m.stat, m.inv);
-    bool writes = FAST ? w.on : lane.some(), leads = FAST ? w.leads : block.writes;
+    bool leads = FAST ? w.leads : block.writes;
 #if SECOND == RANK1 || SECOND == BLOCKED
-    if (FAST && writes) store4(w.v_codes_at(i), v_word);
-    if (!FAST && writes) store_codes(s.v_codes, code_byte(s, row, w.col), lane, v_word);
+    if (FAST) store4_if(w.on, w.v_codes_at(i), v_word);
+    if (!FAST && lane.some()) store_codes(s.v_codes, code_byte(s, row, w.col), lane, v_word);
 #endif
-    if (FAST && writes) store4(w.m_codes_at(i), m_word);
-    if (!FAST && writes) store_codes(s.m_codes, code_byte(s, row, w.col), lane, m_word);
-    if (leads) {
-      store_float(FAST ? w.m_absmax_at(i) : s.m_absmax + 4 * block.place, m.stat);
+    if (FAST) store4_if(w.on, w.m_codes_at(i), m_word);
+    if (!FAST && lane.some()) store_codes(s.m_codes, code_byte(s, row, w.col), lane, m_word);
+    store4_if(leads, FAST ? w.m_absmax_at(i) : s.m_absmax + 4 * block.place, __float_as_uint(m.stat));
 #if SECOND == BLOCKED
-      store_float(FAST ? w.v_absmax_at(i) : s.v_row + 4 * block.place, v.stat);
+    store4_if(leads, FAST ? w.v_absmax_at(i) : s.v_row + 4 * block.place, __float_as_uint(v.stat));
 #endif
-    }
     if (h.ahead != 0.0f) lead8(h, t, m_word, m.stat, first);
     if (staged && LATE_PARAM) Stage::read(PARAM(), here.param, lane_id, param);
     update8(h, param, grad, first, second, largest, tame);
     if (FAST) {
-      if (w.on) store8(PARAM(), w.param_at(i), param);
+      store8(PARAM(), w.param_at(i), param, w.on);
     } else if (lane.some()) {
       store_lane(PARAM(), live.param, element(s, row, w.col), lane, param);
     }
