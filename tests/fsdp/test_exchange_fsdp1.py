@@ -109,3 +109,46 @@ def test_torchs_state_over_fsdp1(kind: str, orig: bool) -> None:
     assert all(error < 0.15 for _, _, errors, _ in found for error in errors)  # the DE table's widest gap
     assert all(errors for _, _, errors, _ in found)
     assert all(apart < 1e-6 for *_, apart in found), found
+
+
+def in_two_groups(orig: bool) -> tuple[list[tuple[float, float]], str, str]:
+    """What the groups have taken over; digests after a step that follows, under FSDP1 and in one process."""
+    model = flattened(Nest(), orig)
+    ours = wrapped("block", model, no_decay=["first.*"])
+    rates = {0.0: 0.5, models.ADAMW["weight_decay"]: 0.25}  # by weight decay
+    groups = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in ours.param_groups]
+    theirs = torch.optim.AdamW([{**g, "lr": rates[g["weight_decay"]]} for g in groups], **models.ADAMW)
+    for step in range(1, STEPS + 1):
+        flat.force(model, step)
+        theirs.step()
+        theirs.zero_grad()
+    shard4bit.import_state(ours, theirs)
+    states, values = whole_states(model, theirs, orig), whole_parameters(model)
+    alone = Nest()
+    named = dict(alone.named_parameters())
+    with torch.no_grad():
+        for name, param in named.items():
+            param.copy_(values[name].view(param.shape))
+    bare = [n for n in named if n.startswith("first.")]
+    parted = [[n for n in named if n not in bare], bare]
+    single = models.optimizer_of(
+        "block",
+        [
+            {"params": [(n, named[n]) for n in names], "weight_decay": decay, "lr": rates[decay]}
+            for names, decay in zip(parted, (models.ADAMW["weight_decay"], 0.0), strict=True)
+        ],
+    )
+    given = [{"params": names, "param_names": names} for names in parted]
+    shard4bit.import_state(single, {"state": states, "param_groups": given}, hyperparameters=False)
+    flat.train(model, ours, 1, first=STEPS + 1)
+    force_alone(alone)
+    single.step()
+    taken = sorted((g["weight_decay"], g["lr"]) for g in ours.param_groups)
+    return taken, shard4bit.digest(model, ours), shard4bit.digest(alone, single)
+
+
+@pytest.mark.parametrize("orig", [True, False])
+def test_torchs_two_groups_over_fsdp1(orig: bool) -> None:
+    for taken, here, alone in pool(3).run(in_two_groups, orig):
+        assert taken == [(0.0, 0.5), (models.ADAMW["weight_decay"], 0.25)]
+        assert here == alone

@@ -16,7 +16,7 @@ from tests.fsdp import models
 from tests.fsdp.models import SHAPES, Arrays, Zoo, canonical, optimizer_of, same
 from tests.fsdp.recorder import Recorder
 from tests.fsdp.test_invariance_fsdp2 import close
-from tests.optim.torchao_like import quantized
+from tests.optim.torchao_like import bitsandbytes8, quantized, quantized8
 from tests.pool import pool
 
 Found = tuple[Arrays, str]
@@ -92,32 +92,47 @@ def test_columns_cut_anywhere() -> None:
         assert set(pool(4).run(on_a_grid, shape)) == {on_a_grid(shape)}
 
 
-def of_torchao(world: int) -> Found:
-    """torchao quantizes local shards, by blocks; so the whole is what the pieces say."""
+def low_bit(kind: str, whole: torch.Tensor, key: str, param: Any) -> dict[str, Any]:
+    """A moment of a library that quantizes local shards, by blocks; so the whole is what the pieces say.
+
+    kind: torchao's tensors are inside of DTensors; bitsandbytes has codes of local shards, or ("bnb8 whole")
+    a state dict of the whole.
+    """
+    local = whole
+    if isinstance(param, DTensor) and kind != "bnb8 whole":
+        local = torch.chunk(whole, dist.get_world_size())[dist.get_rank()]
+    if kind.startswith("bnb8"):
+        return bitsandbytes8(local, 1 if key == "exp_avg" else 2)
+    state: Any = (quantized if kind == "torchao4" else quantized8)(local, key == "exp_avg")
+    if isinstance(param, DTensor):
+        state = DTensor.from_local(state, param.device_mesh, param.placements, run_check=False)
+        assert type(state.to_local()).__name__ == "LikeTorchao"
+    return {key: state}
+
+
+def of_library(kind: str) -> Found:
     shape = (64, 256)
     model: Any = models.sharded(Zoo({"w": shape}), "fsdp" if dist.is_initialized() else "plain")
     source = torch.optim.AdamW(model.parameters())
     state: dict[str, Any] = {"step": torch.tensor(2.0)}
-    for key, whole in moments("w", shape, "adamw").items():
+    for key in moments("w", shape, "adamw"):
         whole = torch.randn(shape, generator=torch.Generator().manual_seed(len(key)))
-        whole = whole if key == "exp_avg" else whole.abs()
-        if dist.is_initialized():
-            local: Any = quantized(torch.chunk(whole, world)[dist.get_rank()], key == "exp_avg")
-            mesh = models.mesh_of(world)
-            state[key] = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
-            assert type(state[key].to_local()).__name__ == "LikeTorchao"
-        else:
-            state[key] = quantized(whole, key == "exp_avg")
+        state |= low_bit(kind, whole if key == "exp_avg" else whole.abs(), key, model.w)
     source.state[model.w] = state
     optimizer = optimizer_of("rank1", model.parameters())
-    shard4bit.import_state(optimizer, source)
+    given: Any = source
+    if kind == "bnb8 whole":
+        given = {"state": {0: state}, "param_groups": [{"params": [0]}]}
+    shard4bit.import_state(optimizer, given)
     return canonical(model, optimizer), shard4bit.digest(model, optimizer)
 
 
-def test_quantized_tensors_inside_dtensors() -> None:
-    expected = of_torchao(1)
+@pytest.mark.parametrize("kind", ["torchao4", "torchao8", "bnb8", "bnb8 whole"])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_states_of_low_bit_libraries(kind: str, world: int) -> None:
+    expected = of_library(kind)
     assert (np.diff(expected[0]["state/w/exp_avg_sq_row_max"]) != 0).all()
-    for found, digest in pool(2).run(of_torchao, 2):
+    for found, digest in pool(world).run(of_library, kind):
         same(found, expected[0])
         assert digest == expected[1]
 

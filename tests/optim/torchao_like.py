@@ -1,4 +1,4 @@
-"""A stand-in for torchao's state tensors, which need not be installed: same attributes, same nesting."""
+"""Stand-ins for states of torchao and bitsandbytes, which need not be installed: same attributes, same nesting."""
 
 from __future__ import annotations
 
@@ -41,3 +41,24 @@ def quantized(values: Tensor, signed: bool) -> LikeTorchao:
     codes = (blocks / scale[:, None]).reshape(-1, 1).sub(qmap).abs().argmin(1).to(torch.uint8)
     packed = codes[0::2] << 4 | codes[1::2]
     return LikeTorchao({"codes": packed, "scale": scale, "qmap": qmap}, values.shape)
+
+
+def _in_bytes(values: Tensor, signed: bool, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes of a byte, scales of blocks of the flat values, their table)."""
+    qmap = torch.linspace(-1 if signed else 0, 1, 256)
+    blocks = values.reshape(-1, block)
+    scale = blocks.abs().amax(1).clamp(min=1e-12)
+    codes = (blocks / scale[:, None]).reshape(-1, 1).sub(qmap).abs().argmin(1).to(torch.uint8)
+    return codes, scale, qmap
+
+
+def quantized8(values: Tensor, signed: bool) -> LikeTorchao:
+    """Like torchao's 8-bit states: blocks of 256."""
+    codes, scale, qmap = _in_bytes(values, signed, 256)
+    return LikeTorchao({"codes": codes, "scale": scale, "qmap": qmap}, values.shape)
+
+
+def bitsandbytes8(values: Tensor, number: int) -> dict[str, Tensor]:
+    """Moment ``number`` (1 or 2) as in a state of bitsandbytes' AdamW8bit: blocks of 256."""
+    codes, scale, qmap = _in_bytes(values, number == 1, 256)
+    return {f"state{number}": codes.view(values.shape), f"absmax{number}": scale, f"qmap{number}": qmap}
