@@ -1,4 +1,4 @@
-"""Stand-ins for states of torchao and bitsandbytes, which need not be installed: same attributes, same nesting."""
+"""Stand-ins for states of torchao and bitsandbytes, not installed here: same attributes, same nesting."""
 
 from __future__ import annotations
 
