@@ -179,6 +179,7 @@ def test_two_calls_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.slow
 @needs_deepspeed
+@pytest.mark.timeout(900)  # several calls of up to 280 s on a slow machine
 def test_chains_the_largest_model_and_adamw_on_four_ranks(tmp_path: Path) -> None:
     plan = ["--worlds", "4", "--only", "resume|largest.*rank1|train/4/(tp|zero1)/adamw", "--budget", "270"]
     status = node.MORE
