@@ -4,8 +4,8 @@ Microseconds of ``step()`` before the first launch (the GPU idles meanwhile, if 
 the last one, and in all, with kernels that do nothing: the parameters (the 1.1 B Llama-style model's, a few
 elements each) lie on the CPU. Medians. What the CUDA driver takes for launches and copies is not in it.
 
-With --cuda, the same of real steps on a GPU, each from an idle one: when its uploads and launches are called
-and have returned.
+With --cuda, the same of real steps on a GPU, each from an idle one: when its launches are called and have
+returned.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -24,45 +25,26 @@ import torch
 from benchmarks.shapes import llama
 from shard4bit import AdamW4bit
 from shard4bit.cuda.backend import KernelBackend
-from shard4bit.cuda.staging import Stagings
 from shard4bit.optim import stepping
 
 
 class Silent:
-    """A runtime that notes when it is called, and copies nothing. See ``shard4bit.cuda.runtime.Runtime``."""
+    """A runtime that notes when it is called, and does nothing. See ``shard4bit.cuda.runtime.Runtime``."""
 
     def __init__(self) -> None:
-        self.device = torch.device("cpu")
+        self.device, self.room = torch.device("cpu"), 32764
         self.times: list[float] = []
-        self.stagings = Stagings(self)
 
-    def launch(self, source: str, name: str, blocks: int, threads: int, args: tuple[Any, ...]) -> None:
-        self.times.append(time.perf_counter())
+    def prepare(self, source: str, name: str, blocks: int, threads: int, args: tuple[Any, ...]) -> None: ...
+
+    def queue(self, launches: Sequence[Any]) -> None:
+        self.times += [time.perf_counter() for _ in launches]
 
     def capturing(self) -> bool:
         return False
 
-    def upload(
-        self, host: np.ndarray, into: torch.Tensor | None = None, *, capturable: bool = False
-    ) -> torch.Tensor:
-        flat = host.view(np.uint8).reshape(-1)
-        if into is None:
-            return torch.from_numpy(flat.copy())
-        self.stagings.copy(flat, into, capturable=capturable, capturing=False)
-        return into
-
-    def pinned(self, size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.uint8)
-
-    def event(self) -> Silent:
-        return self
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None: ...
-
-    def copy(self, into: int, source: int, size: int, copied: Any = None) -> None: ...
+    def upload(self, host: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(host.view(np.uint8).reshape(-1).copy())
 
 
 def measure(tensors: int, second: str, steps: int) -> list[float]:
@@ -86,26 +68,23 @@ def measure(tensors: int, second: str, steps: int) -> list[float]:
 
 
 class Timed:
-    """A runtime that notes when uploads and launches begin and end."""
+    """A runtime that notes when launches begin, and when they have returned."""
 
     def __init__(self, runtime: Any) -> None:
-        self.runtime, self.device = runtime, runtime.device
+        self.runtime = runtime
         self.times: list[tuple[str, float]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.runtime, name)
 
-    def launch(self, source: str, name: str, *rest: Any) -> None:
-        self._noted(f"launch of {name}", self.runtime.launch, source, name, *rest)
+    def prepare(self, source: str, name: str, *rest: Any) -> Any:
+        return name, self.runtime.prepare(source, name, *rest)
 
-    def upload(self, *args: Any, **options: Any) -> torch.Tensor:
-        return self._noted("upload", self.runtime.upload, *args, **options)
-
-    def _noted(self, what: str, call: Any, *args: Any, **options: Any) -> Any:
-        self.times.append((what, time.perf_counter()))
-        out = call(*args, **options)
-        self.times.append((f"{what} done", time.perf_counter()))
-        return out
+    def queue(self, launches: Sequence[Any]) -> None:
+        for name, launch in launches:
+            self.times.append((name, time.perf_counter()))
+            self.runtime.queue([launch])
+        self.times.append(("all returned", time.perf_counter()))
 
 
 def measure_on_gpu(second: str, steps: int) -> list[tuple[str, float]]:

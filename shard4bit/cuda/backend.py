@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -18,13 +18,12 @@ from shard4bit.cuda.plan import (
     SECOND_FIELDS,
     Batch,
     BatchBuilder,
-    Launch,
     describe_moment,
     describe_slab,
     kind_of_second,
     second_of,
 )
-from shard4bit.cuda.source import DTYPES, Config, decode_text, scalars_text, vectors_text
+from shard4bit.cuda.source import DTYPES, Config, decode_text, receive_text, scalars_text, vectors_text
 from shard4bit.maths.update import Rule, Scalars
 from shard4bit.reference import ReferenceBackend
 from shard4bit.state import Moment
@@ -104,11 +103,8 @@ class KernelBackend:
     def measure(self, rule: Rule, works: Works) -> None:
         batches, others = self._planned(rule, works)
         for batch in batches:
-            self._upload(batch, works.version)
-            if batch.zeroed.numel():
-                batch.zeroed.zero_()
-            for launch in batch.measuring:
-                self.runtime.launch(*launch)
+            self._fill(batch, works.version)
+            self._send(batch, batch.measuring)
         if others:
             self.reference.measure(rule, others)
 
@@ -117,8 +113,7 @@ class KernelBackend:
         for batch in batches:
             if agreed is not None and agreed.places:
                 self._agree(batch, works.version, agreed)
-            for launch in batch.applying:
-                self.runtime.launch(*launch)
+            self.runtime.queue(batch.applying)
         if others:
             self.reference.apply(rule, others, agreed)
 
@@ -134,7 +129,7 @@ class KernelBackend:
         out = torch.empty(slab.numel, dtype=torch.float32, device=self.runtime.device)
         args = (tiles_at.data_ptr(), slabs_at.data_ptr(), self.code_tables.data_ptr(), out.data_ptr())
         text = decode_text(None if first else second)
-        self.runtime.launch(text, "decode", len(tiles), 32 * WARPS, args)
+        self.runtime.queue([self.runtime.prepare(text, "decode", len(tiles), 32 * WARPS, args)])
         return out
 
     def capturing(self) -> bool:
@@ -144,19 +139,25 @@ class KernelBackend:
 
     def _list_launches(self, batch: Batch) -> None:
         """What every step launches for a batch; nothing where there are no tiles."""
+        self._list_sending(batch)
         slabs, live = batch.slabs_at.data_ptr(), batch.live_at.data_ptr()
         step = (live, batch.hypers, self.code_tables.data_ptr())
         measuring, applying, count = batch.measuring, batch.applying, len(batch.works)
 
-        def add(into: list[Launch], source: str, name: str, tiles: str, threads: int, *args: int) -> None:
+        def add(into: list[Any], source: str, name: str, tiles: str, threads: int, *args: int) -> None:
             at, blocks = batch.tiles[tiles]
             if blocks:
-                into.append((source, name, blocks, threads, (at.data_ptr(), slabs, *args)))
+                args = (at.data_ptr(), slabs, *args)
+                into.append(self.runtime.prepare(source, name, blocks, threads, args))
 
-        def add_scalars(into: list[Launch], name: str, table: int) -> None:
+        def add_scalars(into: list[Any], name: str, table: int) -> None:
             args = (live + batch.table.split, table, np.int32(count))
-            into.append((scalars_text(), name, -(-count // 128), 128, args))
+            into.append(self.runtime.prepare(scalars_text(), name, -(-count // 128), 128, args))
 
+        if batch.zeroed.numel():
+            zeros = batch.zeroed.data_ptr(), np.int64(batch.zeroed.numel())
+            blocks, text = -(-batch.zeroed.numel() // 256), receive_text(batch.table.chunk)
+            measuring.append(self.runtime.prepare(text, "clear", blocks, 256, zeros))
         if batch.counts is not None:
             add_scalars(measuring, f"{batch.config.rule.lower()}_scalars", batch.hypers)
         add(measuring, batch.config.text, "measure", "measure", 32 * WARPS, *step)
@@ -170,9 +171,22 @@ class KernelBackend:
         if batch.counts is not None:
             add_scalars(applying, "count_steps", live)
 
-    def _upload(self, batch: Batch, version: int) -> None:
-        """Addresses, activity and scalars (or what the device computes them from) of this step, in one
-        copy."""
+    def _list_sending(self, batch: Batch) -> None:
+        """The launches that bring the table to the device: it is small, and an argument of them."""
+        table = batch.table
+        for at, chunk in table.chunks:
+            words = min(table.chunk, table.size - at) // 4
+            args = (chunk, batch.live_at.data_ptr() + at, np.int32(words))
+            text, blocks = receive_text(table.chunk), -(-words // 256)
+            batch.sending.append(self.runtime.prepare(text, "receive", blocks, 256, args))
+
+    def _send(self, batch: Batch, launches: Sequence[Any] = ()) -> None:
+        """Bring the table to the device, and go on with these."""
+        used = batch.table.used(len(batch.leaders))
+        self.runtime.queue([*batch.sending[:used], *launches])
+
+    def _fill(self, batch: Batch, version: int) -> None:
+        """Write addresses, activity and scalars (or what the device computes them from) of this step."""
         works, table, known = batch.works, batch.table, batch.version == version
         if not known:
             table.live["param"] = [w.param.data_ptr() for w in works]
@@ -189,21 +203,21 @@ class KernelBackend:
                 _pack_scalars(table.fields, at, work, adamw=batch.config.rule == "ADAMW")
         else:
             self._pack_recipes(batch)
-        used = table.used(len(batch.leaders))
-        self.runtime.upload(used, batch.live_at, capturable=batch.counts is not None)
 
     def _agree(self, batch: Batch, version: int, agreed: Agreement) -> None:
         """Bring the activity of this step up to date, on the device, without waiting for it."""
         if agreed.flags.device != batch.live_at.device:
             agreed.settle()
-            self._upload(batch, version)
+            self._fill(batch, version)
+            self._send(batch)
             return
         if batch.agreement is None or batch.agreement[0] is not agreed:
-            places = np.array([agreed.places.get(id(work), 0) for work in batch.works], np.int32)
-            batch.agreement = agreed, self.runtime.upload(places)
-        count = len(batch.works)
-        args = (batch.live_at.data_ptr(), batch.agreement[1].data_ptr(), agreed.flags.data_ptr())
-        self.runtime.launch(vectors_text(), "agree", -(-count // 128), 128, (*args, np.int32(count)))
+            count, places = len(batch.works), [agreed.places.get(id(work), 0) for work in batch.works]
+            at = self.runtime.upload(np.array(places, np.int32))
+            args = (batch.live_at.data_ptr(), at.data_ptr(), agreed.flags.data_ptr(), np.int32(count))
+            launch = self.runtime.prepare(vectors_text(), "agree", -(-count // 128), 128, args)
+            batch.agreement = agreed, launch, at
+        self.runtime.queue([batch.agreement[1]])
 
     def _leaders(self, batch: Batch) -> list[Work]:
         """One work for all of the same scalars; the others point to its record."""

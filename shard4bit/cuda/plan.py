@@ -42,6 +42,8 @@ def kind_of_second(spec: MomentSpec) -> str | None:
     return None
 
 
+CHUNK_ARGUMENTS = 16  # bytes of the other arguments of ``receive``
+
 #: the first moment that the kernels serve
 FIRST = QuantSpec(signed=True)
 
@@ -74,26 +76,26 @@ def describe_moment(record: Any, moment: Moment, fields: Mapping[str, str]) -> N
 
 
 class Table:
-    """What steps upload, as bytes on the host: a Live of each work, and behind them its Hypers or Recipes.
+    """What steps send, as bytes on the host: a Live of each work, and behind them its Hypers or Recipes.
 
     live, records: views of both; grads, fields: views of columns, made once because a step writes them.
+    chunks: (offset, bytes) of what one launch takes along, all of one size: the last one may have bytes behind
+    the table's end.
     """
 
-    def __init__(self, works: int, record: np.dtype) -> None:
-        self.bytes = np.zeros(works * (tables.LIVE.itemsize + record.itemsize), np.uint8)
+    def __init__(self, works: int, record: np.dtype, chunk: int) -> None:
         self.split = works * tables.LIVE.itemsize
-        self.live = self.bytes[: self.split].view(tables.LIVE)
-        self.records = self.bytes[self.split :].view(record)
+        self.size, self.chunk = self.split + works * record.itemsize, chunk
+        whole = np.zeros(-(-self.size // chunk) * chunk, np.uint8)
+        self.chunks = [(at, whole[at : at + chunk]) for at in range(0, len(whole), chunk)]
+        self.live = whole[: self.split].view(tables.LIVE)
+        self.records = whole[self.split : self.size].view(record)
         self.grads = self.live["grad"]
         self.fields = {name: self.records[name] for name in record.names or ()}
 
-    def used(self, records: int) -> np.ndarray:
-        """The bytes that a step with so many records needs."""
-        return self.bytes[: self.split + records * self.records.itemsize]
-
-
-#: a kernel's source and name, thread blocks, threads, arguments
-Launch = tuple[str, str, int, int, tuple[Any, ...]]
+    def used(self, records: int) -> int:
+        """Chunks that a step with so many records needs."""
+        return -(-(self.split + records * self.records.itemsize) // self.chunk)
 
 
 @dataclass
@@ -111,11 +113,12 @@ class Batch:
     tiles: dict[str, tuple[Tensor, int]]
     zeroed: Tensor  # workspace that measure starts from zero
     keep: list[Tensor]  # memory that the tables point to
-    agreement: tuple[Agreement, Tensor] | None  # that was last applied, and the places of the works in it
+    agreement: tuple[Agreement, Any, Tensor] | None  # last applied, its launch, places of the works in it
     version: int  # of the works, when the table was last filled
-    leaders: list[Work]  # one for each record that is uploaded
-    measuring: list[Launch]  # the same in every step, as the memory stays
-    applying: list[Launch]
+    leaders: list[Work]  # one for each record that is sent
+    sending: list[Any]  # launches, prepared, the same in every step, as the memory stays: one a chunk
+    measuring: list[Any]
+    applying: list[Any]
 
 
 class BatchBuilder:
@@ -170,8 +173,9 @@ class BatchBuilder:
         tiles["totals"] = (self.runtime.upload(np.array(totals, dtype=np.int32)), len(totals))
         counts = [work.count for work in self.works if work.count is not None]
         assert len(counts) in (0, len(self.works))
-        table = Table(len(self.works), tables.RECIPE if counts else tables.HYPER)
-        live_at = self._bytes(table.bytes.nbytes)
+        chunk = (self.runtime.room - CHUNK_ARGUMENTS) // 4 * 4
+        table = Table(len(self.works), tables.RECIPE if counts else tables.HYPER, chunk)
+        live_at = self._bytes(table.size)
         computed = self._bytes(len(self.works) * tables.HYPER.itemsize if counts else 0)
         return Batch(
             config=self.config,
@@ -188,6 +192,7 @@ class BatchBuilder:
             agreement=None,
             version=-1,
             leaders=[],
+            sending=[],
             measuring=[],
             applying=[],
         )

@@ -3,59 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
 import cupy
 import numpy as np
 import torch
-
-from shard4bit.cuda.staging import Stagings
+from cupy.cuda import driver
 
 
 class Runtime(Protocol):
-    """What the back end needs of a device; tests put an emulator on the CPU in its place."""
+    """What the back end needs of a device; tests put an emulator on the CPU in its place.
+
+    room: bytes of arguments that a launch can have.
+    """
 
     device: torch.device
+    room: int
 
-    def launch(self, source: str, name: str, blocks: int, threads: int, args: tuple[Any, ...]) -> None:
-        """Run a kernel of ``source`` on the current stream: ints are addresses, numpy scalars as typed."""
+    def prepare(self, source: str, name: str, blocks: int, threads: int, args: tuple[Any, ...]) -> Any:
+        """A launch of a kernel of ``source``, to be queued any number of times. args: ints are addresses,
+        numpy scalars as typed; arrays go by value, with what is in them when the launch is queued."""
 
-    def upload(
-        self, host: np.ndarray, into: torch.Tensor | None = None, *, capturable: bool = False
-    ) -> torch.Tensor:
-        """Bytes of ``host`` on the device: in new memory, or (stream-ordered) in ``into``, of which every
-        replay of a capture then makes the same copy. capturable: such captures may come."""
+    def queue(self, launches: Sequence[Any]) -> None:
+        """Run what ``prepare`` gave, in this order, on the current stream."""
+
+    def upload(self, host: np.ndarray) -> torch.Tensor:
+        """Bytes of ``host`` in new memory on the device."""
 
     def capturing(self) -> bool:
-        """Whether launches and copies into existing memory are now captured instead of being run."""
-
-
-class _Stream:
-    """torch's current stream, as CuPy takes it."""
-
-    __slots__ = ("ptr",)
-
-    def __init__(self, ptr: int) -> None:
-        self.ptr = ptr
-
-
-class _Event:
-    """A CUDA event as staging takes it."""
-
-    __slots__ = ("event",)
-
-    def __init__(self) -> None:
-        self.event = cupy.cuda.Event(disable_timing=True)
-
-    def query(self) -> bool:
-        return bool(self.event.done)
-
-    def synchronize(self) -> None:
-        self.event.synchronize()
-
-
-_AS_IT_IS = contextlib.nullcontext()
+        """Whether launches are now captured instead of being run."""
 
 
 def _public_stream(device: int) -> int:
@@ -69,7 +48,8 @@ _current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", _public_st
 @lru_cache(maxsize=256)
 def _function(source: str, name: str, device: int) -> Any:
     with cupy.cuda.Device(device):
-        return _module(source, device).get_function(name)
+        kernel = _module(source, device).get_function(name)
+        return kernel, kernel.kernel.ptr  # which loads it
 
 
 @lru_cache(maxsize=128)
@@ -77,43 +57,50 @@ def _module(source: str, device: int) -> Any:
     return cupy.RawModule(code=source, options=("-std=c++17",), backend="nvrtc")
 
 
+def _room() -> int:
+    """4 KB, or since CUDA 12.1 (compiler and driver) 32764 bytes."""
+    versions = cupy.cuda.runtime.driverGetVersion(), 1000 * _nvrtc[0] + 10 * _nvrtc[1]
+    return 32764 if min(versions) >= 12010 else 4096
+
+
+_nvrtc = cupy.cuda.nvrtc.getVersion()
+_AS_IT_IS = contextlib.nullcontext()
+_seen = threading.local()
+
+
+class _Launch:
+    """Arguments of the driver's launch, in front of the stream and behind it, and what they point to."""
+
+    __slots__ = ("behind", "front", "kept")
+
+    def __init__(self, kernel: Any, at: int, blocks: int, threads: int, args: tuple[Any, ...]) -> None:
+        values = [np.array(a, np.uint64) if isinstance(a, int) else np.asarray(a) for a in args]
+        pointers = np.array([value.ctypes.data for value in values], np.uint64)
+        self.front = (at, blocks, 1, 1, threads, 1, 1, 0)
+        self.behind = (pointers.ctypes.data, 0)
+        self.kept = (kernel, values, pointers)
+
+
 class CupyRuntime:
     """One CUDA device. See :class:`Runtime`."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.room = device, _room()
         self.index = device.index if device.index is not None else torch.cuda.current_device()
-        self.stagings = Stagings(self)
 
-    def launch(self, source: str, name: str, blocks: int, threads: int, args: tuple[Any, ...]) -> None:
-        function = _function(source, name, self.index)
-        stream = _Stream(_current_stream(self.index))
-        with self._current():
-            function((blocks,), (threads,), args, stream=stream)
+    def prepare(self, source: str, name: str, blocks: int, threads: int, args: tuple[Any, ...]) -> _Launch:
+        return _Launch(*_function(source, name, self.index), blocks, threads, args)
 
-    def upload(
-        self, host: np.ndarray, into: torch.Tensor | None = None, *, capturable: bool = False
-    ) -> torch.Tensor:
-        flat = host.view(np.uint8).reshape(-1)
-        if into is None:
-            return torch.from_numpy(flat.copy()).to(self.device)
-        capturing = capturable and self.capturing()
-        self.stagings.copy(flat, into, capturable=capturable, capturing=capturing)
-        return into
-
-    def pinned(self, size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-
-    def event(self) -> _Event:
-        with self._current():
-            return _Event()
-
-    def copy(self, into: int, source: int, size: int, copied: _Event | None = None) -> None:
-        stream, runtime = _current_stream(self.index), cupy.cuda.runtime
+    def queue(self, launches: Sequence[_Launch]) -> None:
+        if not launches:
+            return
         with self._current():  # the default stream's handle, 0, is of whatever device is current
-            runtime.memcpyAsync(into, source, size, runtime.memcpyHostToDevice, stream)
-            if copied is not None:
-                runtime.eventRecord(copied.event.ptr, stream)
+            stream = _current_stream(self.index)
+            for launch in launches:  # the driver copies the arguments
+                driver.launchKernel(*launch.front, stream, *launch.behind)
+
+    def upload(self, host: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(host.view(np.uint8).reshape(-1).copy()).to(self.device)
 
     def capturing(self) -> bool:
         with self._current():
@@ -121,4 +108,8 @@ class CupyRuntime:
 
     def _current(self) -> contextlib.AbstractContextManager[Any]:
         """Make this device the current one, if it is not."""
+        if not hasattr(_seen, "context"):  # a thread has none until something of the runtime needs it
+            if not driver.ctxGetCurrent():
+                cupy.cuda.runtime.free(0)
+            _seen.context = True
         return _AS_IT_IS if torch.cuda.current_device() == self.index else torch.cuda.device(self.index)

@@ -61,6 +61,12 @@ def vectors_text() -> str:
     return _joined(*HEADERS, "vectors.cu")
 
 
+@lru_cache(maxsize=8)
+def receive_text(chunk: int) -> str:
+    """The source of the kernels that a step begins with. chunk: bytes of a table that one launch brings."""
+    return f"#define CHUNK {chunk}\n" + _joined("arith.cuh", "receive.cu")
+
+
 def scalars_text() -> str:
     """The source of the kernels that compute a step's scalars on the device, and count."""
     return _joined(*HEADERS, "scalars.cu")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shard4bit.cuda.backend import KernelBackend
-from shard4bit.cuda.staging import Stagings
 from shard4bit.optim import stepping
 from tests.cuda.emulator import ASCENDING, Module
 from tests.test_invariance import bits
@@ -53,62 +51,50 @@ class Graph(TorchDispatchMode):
             act()
 
 
-class NoEvent:
-    """Copies are done when they return."""
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None: ...
+def _by_value(argument: Any) -> Any:
+    """What is in an array now, as a struct; the emulator takes an array itself for an address."""
+    if not isinstance(argument, np.ndarray):
+        return argument
+    return np.void(argument.tobytes())
 
 
 class EmulatorRuntime:
-    """See ``shard4bit.cuda.runtime.Runtime``. ``launches`` records (kernel, thread blocks),
-    ``uploads`` (bytes, into existing memory). ``graph``: the capture that is going on."""
+    """See ``shard4bit.cuda.runtime.Runtime``. ``launches`` records (kernel, thread blocks), ``uploads``
+    (bytes). ``graph``: the capture that is going on. room: small, so that tables come in several launches."""
 
-    def __init__(self, order: int = ASCENDING, sanitize: bool = False) -> None:
-        self.device = torch.device("cpu")
+    def __init__(self, order: int = ASCENDING, sanitize: bool = False, room: int = 200) -> None:
+        self.device, self.room = torch.device("cpu"), room
         self.order, self.sanitize = order, sanitize
         self.launches: list[tuple[str, int]] = []
-        self.uploads: list[tuple[int, bool]] = []
+        self.uploads: list[int] = []
         self.graph: Graph | None = None
-        self.stagings = Stagings(self)
 
     def capturing(self) -> bool:
         return self.graph is not None
 
-    def launch(self, source: str, name: str, blocks: int, threads: int, args: tuple[Any, ...]) -> None:
-        if self.graph is not None:
-            self.graph.work.append(lambda: self.launch(source, name, blocks, threads, args))
-            return
+    def prepare(self, source: str, name: str, blocks: int, threads: int, args: tuple[Any, ...]) -> Any:
+        assert self.graph is None, "kernels are loaded while capturing"
+        return source, name, blocks, threads, args
+
+    def queue(self, launches: Sequence[Any]) -> None:
+        for *launch, args in launches:
+            run = partial(self.run, *launch, tuple(map(_by_value, args)))
+            if self.graph is not None:
+                self.graph.work.append(run)
+            else:
+                run()
+
+    def run(self, source: str, name: str, blocks: int, threads: int, args: tuple[Any, ...]) -> None:
         with _LOCK:
             kernel = Module(source, sanitize=self.sanitize).get_function(name)
             kernel(blocks, threads, args, order=self.order)
             self.launches.append((name, blocks))
 
-    def upload(
-        self, host: np.ndarray, into: torch.Tensor | None = None, *, capturable: bool = False
-    ) -> torch.Tensor:
+    def upload(self, host: np.ndarray) -> torch.Tensor:
+        assert self.graph is None, "memory is allocated and filled while capturing"
         flat = host.view(np.uint8).reshape(-1)
-        self.uploads.append((flat.size, into is not None))
-        if into is None:
-            assert self.graph is None, "memory is allocated and filled while capturing"
-            return torch.from_numpy(flat.copy())
-        self.stagings.copy(flat, into, capturable=capturable, capturing=self.capturing())
-        return into
-
-    def pinned(self, size: int) -> torch.Tensor:
-        assert self.graph is None, "memory is allocated while capturing"
-        return torch.full((size,), 255, dtype=torch.uint8)
-
-    def event(self) -> NoEvent:
-        return NoEvent()
-
-    def copy(self, into: int, source: int, size: int, copied: NoEvent | None = None) -> None:
-        if self.graph is not None:
-            self.graph.work.append(partial(ctypes.memmove, into, source, size))
-        else:
-            ctypes.memmove(into, source, size)
+        self.uploads.append(flat.size)
+        return torch.from_numpy(flat.copy())
 
 
 def emulated(order: int = ASCENDING, sanitize: bool = False) -> KernelBackend:

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from shard4bit.cuda.source import Config, scalars_text, vectors_text
+from shard4bit.cuda.plan import CHUNK_ARGUMENTS
+from shard4bit.cuda.source import Config, receive_text, scalars_text, vectors_text
 from tests.cuda import nvrtc
 from tests.cuda.test_nvrtc import INDEXED, SPILLS
 
@@ -96,6 +97,14 @@ def test_vectors(arch: str) -> None:
 def test_scalars(arch: str) -> None:
     kernels = ("adamw_scalars", "sgd_scalars", "count_steps")
     assert violations(scalars_text(), arch, dict.fromkeys(kernels, VECTORS)) == []
+
+
+@pytest.mark.parametrize("arch", nvrtc.ARCHITECTURES)
+@pytest.mark.parametrize("room", [4096, 32764])
+def test_receive(room: int, arch: str) -> None:
+    """Both sizes that arguments may have; a table is read from where they lie, not copied to a stack."""
+    text = receive_text((room - CHUNK_ARGUMENTS) // 4 * 4)
+    assert violations(text, arch, {"receive": 16, "clear": 16}) == []
 
 
 def test_the_gate_can_fail() -> None:

@@ -55,21 +55,21 @@ class GuardedRuntime(EmulatorRuntime):
         super().__init__(SHUFFLED)
         self.at = at
 
-    def upload(self, host: Any, into: torch.Tensor | None = None, **how: Any) -> torch.Tensor:
-        flat = super().upload(host, into, **how)
-        return guard(flat, self.at) if into is None else flat
+    def upload(self, host: Any) -> torch.Tensor:
+        return guard(super().upload(host), self.at)
 
 
 @pytest.fixture(params=PLACES)
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Workspace and the gradients and parameters of simulated ranks are guarded; at which end."""
+    """Workspace, the table and the gradients and parameters of simulated ranks are guarded; at which end."""
     at: str = request.param
-    allocate, take = plan.BatchBuilder._allocate, simulate.take
+    allocate, take, table = plan.BatchBuilder._allocate, simulate.take, plan.BatchBuilder._bytes
 
     def guarded_pools(self: Any) -> dict[str, torch.Tensor]:
         return {name: guard(pool, at) for name, pool in allocate(self).items()}
 
     monkeypatch.setattr(plan.BatchBuilder, "_allocate", guarded_pools)
+    monkeypatch.setattr(plan.BatchBuilder, "_bytes", lambda self, size: guard(table(self, size), at))
     monkeypatch.setattr(simulate, "take", lambda whole, slab: guard(take(whole, slab), at))
     yield at
 

@@ -82,7 +82,8 @@ def launched(rule: Rule, group: dict[str, Any], counts: torch.Tensor, maximize: 
     room = len(counts) * tables.HYPER.itemsize
     hypers = torch.full((room,), 255, dtype=torch.uint8, device="cuda")
     args = (recipes.data_ptr(), hypers.data_ptr(), np.int32(len(counts)))
-    runtime.launch(scalars_text(), f"{rule.name}_scalars", -(-len(counts) // 128), 128, args)
+    launch = scalars_text(), f"{rule.name}_scalars", -(-len(counts) // 128), 128, args
+    runtime.queue([runtime.prepare(*launch)])
     return hypers.cpu().numpy().view(tables.HYPER)
 
 
