@@ -19,6 +19,8 @@ class Work:
 
     param, grad: this rank's elements, dense, one shape (``slab.shape``); fp32, bf16 or fp16. ``grad``
         is None where this rank has none but another rank may have: it then counts as zeros.
+    grads, at: the list that has ``grad``, and its place there. Works that step together share one, because
+        setting thousands of attributes takes longer than the rest of a step.
     fresh: per moment, the statistics of the new moment by name, filled by ``measure`` and completed
         by the reduction: "row_max", "col_max", "absmax" (float32); "row_sum", "col_sum", "sum" (float64).
     links: what other ranks hold of the same rows, columns and blocks (see ``comm.Link``).
@@ -31,7 +33,7 @@ class Work:
     slab: Slab
     moments: list[Moment]
     param: Tensor
-    grad: Tensor | None
+    grads: list[Tensor | None]
     scalars: Scalars
     maximize: bool = False
     links: Sequence[Any] = ()
@@ -39,15 +41,24 @@ class Work:
     fresh: list[dict[str, Tensor]] = field(default_factory=list)
     count: Tensor | None = None
     options: Options = field(default_factory=dict)
+    at: int = 0
+
+    @property
+    def grad(self) -> Tensor | None:
+        return self.grads[self.at]
+
+    @grad.setter
+    def grad(self, grad: Tensor | None) -> None:
+        self.grads[self.at] = grad
 
 
 class Works(list[Work]):
     """Works of one rule and device. The same list comes again while nothing but values changes; a back end
     may keep its tables for it in ``cache``.
 
-    version: counted up by whoever gives a work another ``param``, ``maximize``, ``options`` or other
-    ``scalars`` (another mapping: values in it may change at any time), or makes one without links active or
-    not (with links, that may change at any time).
+    version: counted up by whoever gives a work another ``param``, ``maximize``, ``options``, ``grads`` or
+    ``scalars`` (another list or mapping: what is in it may change at any time), or makes one without links
+    active or not (with links, that may change at any time).
     """
 
     def __init__(self, works: Iterable[Work] = ()) -> None:

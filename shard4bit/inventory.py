@@ -15,7 +15,8 @@ from shard4bit.checkpoint.manifest import Manifest
 from shard4bit.checkpoint.pieces import DTYPES, Piece
 from shard4bit.errors import CheckpointError
 from shard4bit.log import log
-from shard4bit.optim.base import Bound, QuantizedOptimizer
+from shard4bit.optim.base import QuantizedOptimizer
+from shard4bit.optim.bound import Bound
 from shard4bit.optim.loading import RUN_OPTIONS
 from shard4bit.placement import Placed, Source, place
 from shard4bit.rectangles import clear_others, completed, rectangles

@@ -92,7 +92,7 @@ class Rank:
     def step(self, rule: Rule, whole_grad: Tensor | None, scalars: Any) -> None:
         grad = None if whole_grad is None else take(whole_grad, self.slab).to(self.param.device)
         work = Work(
-            self.slab, self.moments, self.param, grad, scalars, links=self.links, active=grad is not None
+            self.slab, self.moments, self.param, [grad], scalars, links=self.links, active=grad is not None
         )
         works = Works([work])
         self.backend.measure(rule, works)

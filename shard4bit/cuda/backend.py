@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from operator import attrgetter
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import numpy as np
@@ -29,11 +29,21 @@ from shard4bit.reference import ReferenceBackend
 from shard4bit.state import Moment
 
 _GRAD, _ACTIVE = attrgetter("grad"), attrgetter("active")
+_ADDRESS: Callable[[Any], int] = Tensor.data_ptr
 WARPS = 8  # of a thread block; as in kernels/rows.cuh
 _SCALARS = {
     "adamw": ("beta1", "rest1", "beta2", "rest2", "keep", "step_size", "root", "eps"),
     "sgd": ("momentum", "rest", "lr", "weight_decay", "nesterov"),
 }
+
+
+def _reader(works: Sequence[Work]) -> Callable[[], Sequence[Any]]:
+    """Reads the gradients of works, out of the list that they share in one call."""
+    source, places = works[0].grads, [work.at for work in works]
+    if len(works) == 1 or any(work.grads is not source for work in works):
+        return lambda: list(map(_GRAD, works))
+    pick = itemgetter(*places)
+    return lambda: pick(source)
 
 
 def _is_tame(scalars: Scalars) -> bool:
@@ -191,10 +201,14 @@ class KernelBackend:
         if not known:
             table.live["param"] = [w.param.data_ptr() for w in works]
             batch.leaders = self._leaders(batch) if batch.counts is None else works
+            batch.read_grads = _reader(works)
+        grads = batch.read_grads()
         try:
-            table.grads[:] = list(map(Tensor.data_ptr, map(_GRAD, works)))
+            addresses = list(map(_ADDRESS, grads))
         except TypeError:  # some have none
-            table.grads[:] = [0 if w.grad is None else w.grad.data_ptr() for w in works]
+            addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
+        if addresses != batch.addresses:
+            table.grads[:] = batch.addresses = addresses
         if batch.linked or not known:
             table.live["active"] = list(map(_ACTIVE, works))
             batch.version = version

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,8 +79,8 @@ class Table:
     """What steps send, as bytes on the host: a Live of each work, and behind them its Hypers or Recipes.
 
     live, records: views of both; grads, fields: views of columns, made once because a step writes them.
-    chunks: (offset, bytes) of what one launch takes along, all of one size: the last one may have bytes behind
-    the table's end.
+    chunks: (offset, bytes) of what one launch takes along, all of one size: the last one may go on behind the
+    table's end.
     """
 
     def __init__(self, works: int, record: np.dtype, chunk: int) -> None:
@@ -115,6 +115,8 @@ class Batch:
     keep: list[Tensor]  # memory that the tables point to
     agreement: tuple[Agreement, Any, Tensor] | None  # last applied, its launch, places of the works in it
     version: int  # of the works, when the table was last filled
+    read_grads: Callable[[], Sequence[Tensor | None]]
+    addresses: list[int]  # of the gradients, as the table has them
     leaders: list[Work]  # one for each record that is sent
     sending: list[Any]  # launches, prepared, the same in every step, as the memory stays: one a chunk
     measuring: list[Any]
@@ -191,6 +193,8 @@ class BatchBuilder:
             keep=[*pools.values(), *numbers, computed, *counts],
             agreement=None,
             version=-1,
+            read_grads=list,
+            addresses=[],
             leaders=[],
             sending=[],
             measuring=[],

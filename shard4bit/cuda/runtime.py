@@ -46,10 +46,11 @@ _current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", _public_st
 
 
 @lru_cache(maxsize=256)
-def _function(source: str, name: str, device: int) -> Any:
+def _function(source: str, name: str, device: int) -> tuple[Any, int]:
+    """A kernel, loaded, and the driver's handle of it."""
     with cupy.cuda.Device(device):
         kernel = _module(source, device).get_function(name)
-        return kernel, kernel.kernel.ptr  # which loads it
+        return kernel, kernel.kernel.ptr
 
 
 @lru_cache(maxsize=128)
@@ -89,7 +90,8 @@ class CupyRuntime:
         self.index = device.index if device.index is not None else torch.cuda.current_device()
 
     def prepare(self, source: str, name: str, blocks: int, threads: int, args: tuple[Any, ...]) -> _Launch:
-        return _Launch(*_function(source, name, self.index), blocks, threads, args)
+        kernel, at = _function(source, name, self.index)
+        return _Launch(kernel, at, blocks, threads, args)
 
     def queue(self, launches: Sequence[_Launch]) -> None:
         if not launches:

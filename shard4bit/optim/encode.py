@@ -40,7 +40,7 @@ def encode(
         return failure
     slab, works = moment.slab, Works()
     links = tuple(make_link(group, near, slab, [moment.spec]) for group, near in neighbours)
-    work = Work(slab, [moment], torch.empty(0, device=device), None, _COPY, links=links)
+    work = Work(slab, [moment], torch.empty(0, device=device), [None], _COPY, links=links)
     works.append(work)
     backend = backend_for(device)
     if failure is None:

@@ -176,10 +176,8 @@ def _work(bound: Bound, group: Mapping[str, Any]) -> Work:
     if grad is not None:
         bound.take_gradient(grad)
     scalars = bound.rule.scalars(group, int(bound.step) + 1)
-    taken = bound.work.grad if grad is not None else None
-    return replace(
-        bound.work, grad=taken, scalars=scalars, maximize=group["maximize"], active=grad is not None, fresh=[]
-    )
+    work = replace(bound.work, grads=[bound.work.grad if grad is not None else None], at=0, fresh=[])
+    return replace(work, scalars=scalars, maximize=group["maximize"], active=grad is not None)
 
 
 def _foreseen(bound: Bound, work: Work) -> list[Foreseen]:

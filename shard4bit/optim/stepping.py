@@ -32,8 +32,11 @@ def _specs(group: Mapping[str, Any]) -> list[Any]:
 
 def capturing(device: torch.device) -> bool:
     """Whether a step of parameters on ``device`` would now be captured in a CUDA graph, not run."""
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        return True  # without making a back end, which a capture does not allow
+    if torch.cuda.is_initialized():  # without making a back end, which a capture does not allow
+        if torch.cuda.is_current_stream_capturing():
+            return True
+        if device.index == torch.cuda.current_device():
+            return False
     try:
         return backend_for(device).capturing()
     except Exception:  # the step will meet it again, and tell the other ranks
@@ -92,6 +95,8 @@ class StepPlan:
         ]
         self.bounds = [b for b, _ in members]
         self.counts, self.steps, self.rule_of = counts, counts.vector, rule_of
+        self.left = torch.zeros(0)  # the counts as this plan left them
+        self.even: int | None = None  # each of these, if they are equal
         self.device = self.bounds[0].work.param.device if members else torch.device("cpu")
         self.capturing = self.on_device = False  # of the step; the latter: see ``Counts.on_device``
         kinds: dict[tuple[int, int], Kind] = {}
@@ -99,8 +104,9 @@ class StepPlan:
             key = (id(group), id(b.rule))
             kinds.setdefault(key, Kind(group, b.rule)).members.append((b.work, b.row))
         self.kinds = list(kinds.values())
-        self.works = [b.work for b in self.bounds]
-        self.linked = [work for work in self.works if work.links]  # a reduction may change their activity
+        self.grads: list[Tensor | None] = [None] * len(members)  # of a step, while it runs
+        works = [b.work for b in self.bounds]
+        self.linked = [work for work in works if work.links]  # a reduction may change their activity
         self.gradients = Gradients([b.placed for b in self.bounds])
         self.seen = Likeness(self.bounds)
         # plans of the same parameters: when one steps, what the others know of the works is out of date
@@ -136,8 +142,10 @@ class StepPlan:
         try:
             self._run()
         finally:
+            self.grads[:] = [None] * len(self.grads)
             for bound in self.bounds:
-                bound.release()
+                if not bound.own:
+                    bound.release()
         if self.capturing:
             rates = [kind.group["lr"] for kind in self.kinds]
             self.counts.captured.append((self.batches, self.steps, rates))
@@ -165,8 +173,7 @@ class StepPlan:
         if failure is None and not self.linked:
             failure = self._stale(grads)
         if known and self.seen.lasts(grads):
-            for work, grad in zip(self.works, grads, strict=True):
-                work.grad = grad
+            self.grads[:] = grads
             for work in self.linked:
                 work.active = work.grad is not None
         else:
@@ -196,7 +203,8 @@ class StepPlan:
 
     def _look(self, grads: list[Tensor | None], failure: BaseException | None) -> BaseException | None:
         """Check every parameter and gradient, and sort them anew if need be. Returns the first error."""
-        for bound, grad in zip(self.bounds, grads, strict=True):
+        for i, (bound, grad) in enumerate(zip(self.bounds, grads, strict=True)):
+            bound.work.grads, bound.work.at = self.grads, i  # after a rival's step they are in its list
             try:
                 if not bound.lies:
                     bound.refresh()
@@ -213,23 +221,30 @@ class StepPlan:
     def _scale(self, *, known: bool) -> None:
         """Give every work the scalars of its group and step count. known: they have those of this plan's last
         step. Raises ValueError."""
-        counts = self.steps.tolist()
-        even = counts.count(counts[0]) == len(counts) if counts else False
+        even = self._even_count()
         for kind in self.kinds:
             group, rule = kind.group, kind.rule
             self._check_rule(rule, group)
-            if even and known and kind.shared is not None and kind.maximize == group["maximize"]:
-                kind.shared.update(rule.scalars(group, int(counts[0]) + 1))  # all works see it
+            if even is not None and known and kind.shared is not None and kind.maximize == group["maximize"]:
+                kind.shared.update(rule.scalars(group, even + 1))  # all works see it
                 continue
-            made: dict[float, dict[str, float]] = {}
+            made: dict[int, dict[str, float]] = {}
+            counts = self.steps.tolist()
             for work, row in kind.members:
-                count = counts[row]
+                count = int(counts[row])
                 if count not in made:
-                    made[count] = dict(rule.scalars(group, int(count) + 1))
+                    made[count] = dict(rule.scalars(group, count + 1))
                 work.scalars = made[count]
                 work.maximize = group["maximize"]
-            kind.shared, kind.maximize = made[counts[0]] if even else None, group["maximize"]
+            kind.shared, kind.maximize = made[even] if even is not None else None, group["maximize"]
             self._changed()
+
+    def _even_count(self) -> int | None:
+        """The steps that every parameter has taken, if it is one number."""
+        if not torch.equal(self.steps, self.left):  # other plans, or users, changed it
+            self.left, counts = self.steps.clone(), self.steps.tolist()
+            self.even = int(counts[0]) if counts.count(counts[0]) == len(counts) else None
+        return self.even
 
     def _describe(self) -> None:
         """Give every work what the device computes its scalars from. Raises ValueError."""
@@ -272,6 +287,9 @@ class StepPlan:
         stepped = [] if self.on_device else [b.row for b in self.taking if b.work.active]
         if len(stepped) == len(self.steps):
             self.steps.add_(1.0)
+            if self.even is not None:
+                self.left.add_(1.0)
+                self.even += 1
         elif stepped:
             self.steps[torch.tensor(stepped)] += 1.0
         for bound in self.taking:

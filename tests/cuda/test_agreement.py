@@ -45,7 +45,7 @@ def work_of(slab: Slab, specs: list[MomentSpec], links: tuple[Link, ...] = ()) -
         Moment.zeros(n, s, slab, torch.device("cpu")) for n, s in zip(ADAMW.moments, specs, strict=True)
     ]
     param, grad = torch.randn(slab.shape), torch.randn(slab.shape)
-    return Work(slab, moments, param, grad, adamw_scalars(1), links=links)
+    return Work(slab, moments, param, [grad], adamw_scalars(1), links=links)
 
 
 def ranks_of(second: str) -> list[Works]:

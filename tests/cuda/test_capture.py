@@ -44,7 +44,7 @@ SGD_GROUPS = [
 
 
 def recipes_of(rule: Rule, group: dict[str, Any], counts: torch.Tensor, maximize: bool) -> np.ndarray:
-    work = Work(Slab.whole((1,)), [], torch.zeros(1), None, {}, maximize, options=rule.options(group))
+    work = Work(Slab.whole((1,)), [], torch.zeros(1), [None], {}, maximize, options=rule.options(group))
     recipes = np.repeat(_recipe(work, adamw=rule is ADAMW), len(counts))
     recipes["count"] = counts.data_ptr() + 4 * np.arange(len(counts), dtype=np.uint64)
     return recipes
@@ -65,7 +65,7 @@ def check_scalars(rule: Rule, group: dict[str, Any], maximize: bool, launch: Any
     fields = {name: expected[name] for name in tables.HYPER.names or ()}
     for at, count in enumerate(COUNTS):
         scalars = rule.scalars(group, count + 1)
-        work = Work(Slab.whole((1,)), [], torch.zeros(1), None, scalars, maximize)
+        work = Work(Slab.whole((1,)), [], torch.zeros(1), [None], scalars, maximize)
         _pack_scalars(fields, at, work, adamw=rule is ADAMW)
     for name in fields:
         same = expected[name].view(np.int32) == found[name].view(np.int32)

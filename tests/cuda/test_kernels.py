@@ -117,7 +117,7 @@ def test_ranks_without_a_gradient(names: tuple[str, str], holder: int | None) ->
         group, near = ThreadGroup(2), Neighbours("run", (0, 900, 1600))
         slabs = [Slab.run(shape, 0, 900), Slab.run(shape, 900, 1600)]
         ranks = [Rank.make(s, start, ADAMW.moments, specs, [(group, near)]) for s in slabs]
-        works = [Works([Work(r.slab, r.moments, r.param, None, {}, links=r.links)]) for r in ranks]
+        works = [Works([Work(r.slab, r.moments, r.param, [None], {}, links=r.links)]) for r in ranks]
         backends = [backend(), backend()]
         for step in (1, 2):
             for number, (rank, batch) in enumerate(zip(ranks, works, strict=True)):

@@ -45,7 +45,7 @@ def work_of(names: tuple[str, ...]) -> Work:
     slab, cpu = Slab.whole((8, 256)), torch.device("cpu")
     specs = [parse_spec(n, signed=i == 0, argument="spec") for i, n in enumerate(names)]
     moments = [Moment.zeros(str(i), spec, slab, cpu) for i, spec in enumerate(specs)]
-    return Work(slab, moments, torch.zeros(8, 256), torch.zeros(8, 256), {})
+    return Work(slab, moments, torch.zeros(8, 256), [torch.zeros(8, 256)], {})
 
 
 @pytest.mark.parametrize("names", ALL, ids="+".join)

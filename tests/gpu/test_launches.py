@@ -1,4 +1,4 @@
-"""Launches that are prepared once and queued by the driver: when arguments are read, and from which threads."""
+"""Launches that are prepared once and queued: when their arguments are read, and from which threads."""
 
 from __future__ import annotations
 
