@@ -62,6 +62,7 @@ class QuantizedOptimizer(Binding):
         for group in self.param_groups:
             group.setdefault("capturable", False)
         keep_compiler_out(QuantizedOptimizer)
+        self._shown = True  # ``copy.copy``'s original has these states as well
         self._forget()
 
     # ---- step -----------------------------------------------------------------------------------

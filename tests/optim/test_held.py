@@ -8,13 +8,16 @@ import gc
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
-from shard4bit import AdamW4bit, SGD4bit, StateError, export_state
+from shard4bit import AdamW4bit, SGD4bit, StateError, export_state, load, save
+from shard4bit.optim.held import Held
 from tests.optim.helpers import assert_same, model_of, normal, run, snapshot
 
 
@@ -53,6 +56,63 @@ def test_replaced_states_are_taken_up(cls: Any, change: Callable[[Any], None]) -
     assert all(entry["step"] == 3 for entry in ours.state.values())
     run(model.parameters(), ours, range(1))
     assert all(entry["step"] == 4 for entry in ours.state_dict()["state"].values())
+
+
+def test_states_that_nobody_asked_for_are_not_looked_at(tmp_path: Path) -> None:
+    """What training, schedules and checkpoints do is no reason to; every step would take longer."""
+    model = model_of()
+    ours = AdamW4bit(model.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(ours, lambda step: 1.0)
+    run(model.parameters(), ours, range(2))
+    schedule.step()
+    ours.report()
+    ours.moment(model[0].weight, "exp_avg")
+    assert "AdamW4bit" in str(ours)
+    save(tmp_path, model, ours, step=2)
+    load(tmp_path, model, ours)
+    with mock.patch.object(Held, "stands", side_effect=AssertionError("looked")):
+        run(model.parameters(), ours, range(2))
+        assert len(ours.state) == len(list(model.parameters()))
+        with pytest.raises(AssertionError, match="looked"):
+            ours.step()
+
+
+@pytest.mark.parametrize("when", ["before the first step", "between steps"])
+@pytest.mark.parametrize("of", [lambda optimizer: optimizer, copy.copy], ids=["its own", "of a copy"])
+def test_a_reference_that_was_kept(when: str, of: Callable[[Any], Any]) -> None:
+    """Whoever has asked for the states may change them at any time after."""
+    model, twin = model_of(), model_of()
+    ours, others = AdamW4bit(model.parameters()), AdamW4bit(twin.parameters())
+    run(twin.parameters(), others, range(4))
+    if when == "between steps":
+        run(model.parameters(), ours, range(2))
+    state, stepped = ours.state, of(ours)
+    run(model.parameters(), stepped, range(2))
+    for param, other in zip(model.parameters(), twin.parameters(), strict=True):
+        state[param].update(copy.deepcopy(others.state[other]))
+        param.data.copy_(other.data)
+    run(twin.parameters(), others, [9])
+    run(model.parameters(), stepped, [9])
+    assert_same(snapshot(model.parameters(), stepped), snapshot(twin.parameters(), others))
+
+
+def test_counts_that_are_changed_by_hand() -> None:
+    """One of them, then all, through memory that torch does not count changes of; by an fp32 twin of torch's."""
+    model, twin = model_of(), model_of()
+    options = {"lr": 0.1, "weight_decay": 0.0}
+    ours = AdamW4bit(model.parameters(), quantize=False, **options)
+    others = torch.optim.AdamW(twin.parameters(), **options)
+    run(model.parameters(), ours, range(3))
+    run(twin.parameters(), others, range(3))
+    for count, which in ((40.0, slice(0, 1)), (7.0, slice(None)), (9.0, slice(1, 2))):
+        for params, optimizer in ((model.parameters(), ours), (twin.parameters(), others)):
+            params = list(params)
+            for param in params[which]:
+                optimizer.state[param]["step"].data.numpy()[...] = count
+            run(params, optimizer, range(2))
+        for param, other in zip(model.parameters(), twin.parameters(), strict=True):
+            assert ours.state[param]["step"] == others.state[other]["step"]
+            torch.testing.assert_close(param, other, rtol=1e-4, atol=1e-5)
 
 
 def test_memory_is_free_after_bind() -> None:
