@@ -59,12 +59,13 @@ def _module(source: str, device: int) -> Any:
 
 
 def _room() -> int:
-    """4 KB, or since CUDA 12.1 (compiler and driver) 32764 bytes."""
-    versions = cupy.cuda.runtime.driverGetVersion(), 1000 * _nvrtc[0] + 10 * _nvrtc[1]
-    return 32764 if min(versions) >= 12010 else 4096
+    """4 KB, or since CUDA 12.1 (compiler and driver) 32764 bytes: CUDA C++ Programming Guide, "__global__
+    function parameters"."""
+    major, minor = cupy.cuda.nvrtc.getVersion()
+    known = min(cupy.cuda.runtime.driverGetVersion(), 1000 * major + 10 * minor)
+    return 32764 if known >= 12010 else 4096
 
 
-_nvrtc = cupy.cuda.nvrtc.getVersion()
 _AS_IT_IS = contextlib.nullcontext()
 _seen = threading.local()
 

@@ -89,6 +89,14 @@ class Binding(torch.optim.Optimizer):
         layout = self.__dict__.get("_layout")  # not there after unpickling
         return [place(param, name)] if layout is None else layout(param, name)
 
+    def _places(self, param: Tensor) -> list[Placed]:
+        """The same, for those who may ask before anything is bound; nothing where a parameter cannot be
+        served, which binding says, on all ranks alike."""
+        try:
+            return self._place(param, "a parameter")
+        except Exception:
+            return []
+
     @torch.inference_mode(False)  # what is made in that mode could not be changed outside of it
     def bind(self, frozen: Set[Tensor] = frozenset()) -> list[Bound]:
         """Make the layouts and states that are missing; collective on sharded parameters.

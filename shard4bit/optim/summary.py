@@ -82,10 +82,7 @@ def _members(optimizer: QuantizedOptimizer) -> list[tuple[Tensor, Placed | None,
     for group in optimizer.param_groups:
         for param in group["params"]:
             bounds = optimizer._bound.get(param)
-            try:
-                placed = [b.placed for b in bounds] if bounds else optimizer._place(param, "a parameter")
-            except Exception:  # to be told when it is bound
-                placed = []
+            placed = [b.placed for b in bounds] if bounds else optimizer._places(param)
             out += [(param, p, {**group, **p.options}) for p in placed] or [(param, None, group)]
     return out
 

@@ -6,10 +6,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from shard4bit.comm import Group
-from shard4bit.placement import Placed
 
 T = TypeVar("T")
 
@@ -39,15 +37,7 @@ def _groups(optimizer: Any) -> dict[Group, torch.device]:
     """In an order that all their ranks share: by the places of parameters, which options do not change."""
     found: dict[Group, torch.device] = {}
     for param in (p for group in optimizer.param_groups for p in group["params"]):
-        for placed in _places(optimizer, param):
+        for placed in optimizer._places(param):
             for group, _ in placed.neighbours:
                 found.setdefault(group, placed.data().device)
     return found
-
-
-def _places(optimizer: Any, param: Tensor) -> list[Placed]:
-    """None where binding says, on all ranks alike, that the parameter cannot be served."""
-    try:
-        return optimizer._place(param, "a parameter")
-    except Exception:
-        return []
