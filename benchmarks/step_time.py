@@ -4,7 +4,9 @@ Every case runs in a fresh process on the parameter shapes of a 1.1 B Llama-styl
 of 40 k elements), with fresh random gradients before every step. Prints a table; --json FILE keeps it.
 
 kernel_ms: GPU time of a step. wall_ms, least_ms: ``step()`` from an idle GPU until it is idle again, the
-median and the least of --steps; a busy host adds to the median, hardly to the least.
+median and the least of --steps. host_us: what a loop of pure Python took between the steps, median. It tells
+how much of a core this process had: on a rented host, with others beside it, it may double, and with it what
+``step()`` does before its first launch.
 """
 
 from __future__ import annotations
@@ -74,6 +76,14 @@ def kernel_ms(step: Any, count: int) -> float:
     return total / 1e3 / count
 
 
+def python_us() -> float:
+    """Microseconds of a loop of pure Python: some 400 on a core of 2023 that does nothing else."""
+    begin, total = time.perf_counter(), 0
+    for i in range(10_000):
+        total += i & 3
+    return (time.perf_counter() - begin) * 1e6
+
+
 def run_case(name: str, dtype: str, shapes_of: str, steps: int) -> dict[str, Any]:
     begin = time.perf_counter()
     import torch
@@ -105,7 +115,7 @@ def run_case(name: str, dtype: str, shapes_of: str, steps: int) -> dict[str, Any
     state = torch.cuda.memory_allocated() - base
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    walls = []
+    walls, host = [], []
     for _ in range(steps):
         fresh_gradients()
         torch.cuda.synchronize()
@@ -113,6 +123,7 @@ def run_case(name: str, dtype: str, shapes_of: str, steps: int) -> dict[str, Any
         optimizer.step()
         torch.cuda.synchronize()
         walls.append((time.perf_counter() - begin) * 1e3)
+        host.append(python_us())
     peak = torch.cuda.max_memory_allocated() - before
     return {
         "optimizer": name,
@@ -121,6 +132,7 @@ def run_case(name: str, dtype: str, shapes_of: str, steps: int) -> dict[str, Any
         "kernel_ms": round(kernel_ms(optimizer.step, 4), 3),
         "wall_ms": round(statistics.median(walls), 3),
         "least_ms": round(min(walls), 3),
+        "host_us": round(statistics.median(host)),
         "first_s": round(first, 2),
         "start_s": round(started, 2),
         "bytes_per_param": round(state / count, 4),
@@ -163,7 +175,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
     import torch
 
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    columns = ("optimizer", "dtype", "shapes", "kernel_ms", "wall_ms", "least_ms", "first_s")
+    columns = ("optimizer", "dtype", "shapes", "kernel_ms", "wall_ms", "least_ms", "host_us", "first_s")
     columns += ("bytes_per_param", "transient_mb")
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for result in results:
