@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -36,6 +37,14 @@ class Watched(Reduction):
         super().settle()
 
 
+class Elsewhere:
+    """An agreement whose flags lie on another device than the works: where the first parameters are."""
+
+    def __init__(self, reduction: Reduction) -> None:
+        self.flags, self.places = torch.zeros(len(reduction.flags), device="meta"), reduction.places
+        self.settle = reduction.settle
+
+
 def specs_of(second: str) -> list[MomentSpec]:
     return [parse_spec(n, signed=s, argument="spec") for n, s in (("B128/DE", True), (second, False))]
 
@@ -64,13 +73,19 @@ def tensors(works: Works) -> list[torch.Tensor]:
     return [t for w in works for t in (w.param, *(t for m in w.moments for t in m.tensors.values()))]
 
 
-def step(works: Works, reduction: Reduction, backend: Any, failure: Exception | None = None) -> Any:
+def step(
+    works: Works,
+    reduction: Reduction,
+    backend: Any,
+    failure: Exception | None = None,
+    agreed: Callable[[Reduction], Any] = lambda reduction: reduction,
+) -> Any:
     """The error that it raises, if any."""
     try:
         if failure is None:
             backend.measure(ADAMW, works)
         reduction.run(failure)
-        backend.apply(ADAMW, works, reduction)
+        backend.apply(ADAMW, works, agreed(reduction))
         reduction.settle()
     except (ValueError, RuntimeError) as error:
         return error
@@ -97,9 +112,11 @@ def test_nothing_changes_where_another_rank_failed(second: str) -> None:
 
 @pytest.mark.parametrize("second", SECONDS)
 def test_by_the_reference_as_by_the_kernels(second: str) -> None:
-    """One rank lacks the shared gradient in the second step, both do in the third."""
+    """One rank lacks the shared gradient in the second step, both do in the third. Again with the flags on
+    another device, by the host then."""
     found = []
-    for backend in (ReferenceBackend(), emulated()):
+    kernels, host = emulated(), partial(step, agreed=Elsewhere)
+    for backend, take in ((ReferenceBackend(), step), (emulated(), step), (kernels, host)):
         every = ranks_of(second)
         reductions = [Reduction(works) for works in every]
         for number, lacking in ((1, ()), (2, (1,)), (3, (0, 1))):
@@ -110,13 +127,15 @@ def test_by_the_reference_as_by_the_kernels(second: str) -> None:
                 for work in works:
                     work.scalars = adamw_scalars(number)
                 works.version += 1
-            steps = [partial(step, *pair, backend) for pair in zip(every, reductions, strict=True)]
+            steps = [partial(take, *pair, backend) for pair in zip(every, reductions, strict=True)]
             assert in_threads(steps) == [None, None]
             assert [works[0].active for works in every] == [len(lacking) < 2] * 2
             for works, grad in zip(every, grads, strict=True):
                 works[0].grad = grad
         found.append([t for works in every for t in tensors(works)])
-    for expected, got in zip(*found, strict=True):
+    assert "agree" not in [name for name, _ in kernels.runtime.launches]
+    for expected, got, by_host in zip(*found, strict=True):
+        assert torch.equal(bits(got), bits(by_host))
         if second == "factored":  # sums in another order
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
         else:
