@@ -97,7 +97,7 @@ def test_a_reference_that_was_kept(when: str, of: Callable[[Any], Any]) -> None:
 
 
 def test_counts_that_are_changed_by_hand() -> None:
-    """One of them, then all, through memory of which torch counts no changes; a twin of torch's does the same."""
+    """One of them, then all, in memory whose changes torch does not count; a twin of torch's goes along."""
     model, twin = model_of(), model_of()
     options = {"lr": 0.1, "weight_decay": 0.0}
     ours = AdamW4bit(model.parameters(), quantize=False, **options)
