@@ -2,7 +2,7 @@
 
 Microseconds of ``step()`` before the first launch (the GPU idles meanwhile, if it has nothing else), before
 the last one, and in all, with kernels that do nothing: the parameters (the 1.1 B Llama-style model's, a few
-elements each) lie on the CPU. Medians. What the CUDA driver takes for launches and copies is not in it.
+elements each) lie on the CPU. Medians. What the CUDA driver takes for launches is not in it.
 
 With --cuda, the same of real steps on a GPU, each from an idle one: when its launches are called and have
 returned.

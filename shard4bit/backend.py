@@ -19,8 +19,8 @@ class Work:
 
     param, grad: this rank's elements, dense, one shape (``slab.shape``); fp32, bf16 or fp16. ``grad``
         is None where this rank has none but another rank may have: it then counts as zeros.
-    grads, at: the list that has ``grad``, and its place there. Works that step together share one, because
-        setting thousands of attributes takes longer than the rest of a step.
+    grads, at: the list that has ``grad``, and its place there. Works that step together share one, so that
+        all are set and read at once.
     fresh: per moment, the statistics of the new moment by name, filled by ``measure`` and completed
         by the reduction: "row_max", "col_max", "absmax" (float32); "row_sum", "col_sum", "sum" (float64).
     links: what other ranks hold of the same rows, columns and blocks (see ``comm.Link``).

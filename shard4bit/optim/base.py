@@ -32,7 +32,6 @@ class QuantizedOptimizer(Binding):
         self._given = set()
         self._forget()
         super().__init__(params, defaults)  # type: ignore[arg-type]
-        self._shown = False  # only torch has set it
 
     # ---- torch.optim conventions ----------------------------------------------------------------
 

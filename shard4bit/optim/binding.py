@@ -48,7 +48,7 @@ class Binding(torch.optim.Optimizer):
 
     # ---- states ---------------------------------------------------------------------------------
 
-    _shown = False  # whether ``state`` has been given to anybody, who may change it at any time then
+    _shown: bool  # whether ``state`` has been given to anybody, who may change it at any time then
 
     @property
     def state(self) -> Any:
@@ -59,7 +59,7 @@ class Binding(torch.optim.Optimizer):
 
     @state.setter
     def state(self, state: Any) -> None:
-        self._shown = True
+        self._shown = "state" in vars(self)  # the first one is of torch's own constructor
         vars(self)["state"] = state
 
     @property

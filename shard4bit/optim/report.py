@@ -176,8 +176,9 @@ def _work(bound: Bound, group: Mapping[str, Any]) -> Work:
     if grad is not None:
         bound.take_gradient(grad)
     scalars = bound.rule.scalars(group, int(bound.step) + 1)
-    work = replace(bound.work, grads=[bound.work.grad if grad is not None else None], at=0, fresh=[])
-    return replace(work, scalars=scalars, maximize=group["maximize"], active=grad is not None)
+    mine = [bound.work.grad if grad is not None else None]
+    active, maximize = grad is not None, group["maximize"]
+    return replace(bound.work, grads=mine, at=0, scalars=scalars, maximize=maximize, active=active, fresh=[])
 
 
 def _foreseen(bound: Bound, work: Work) -> list[Foreseen]:

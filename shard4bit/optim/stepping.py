@@ -96,7 +96,8 @@ class StepPlan:
         self.bounds = [b for b, _ in members]
         self.counts, self.steps, self.rule_of = counts, counts.vector, rule_of
         self.left = torch.zeros(0)  # the counts as this plan left them
-        self.even: int | None = None  # each of these, if they are equal
+        self.even: int | None = None  # each of these, if they are equal; else ``each`` has them
+        self.each: list[float] = []
         self.device = self.bounds[0].work.param.device if members else torch.device("cpu")
         self.capturing = self.on_device = False  # of the step; the latter: see ``Counts.on_device``
         kinds: dict[tuple[int, int], Kind] = {}
@@ -229,9 +230,8 @@ class StepPlan:
                 kind.shared.update(rule.scalars(group, even + 1))  # all works see it
                 continue
             made: dict[int, dict[str, float]] = {}
-            counts = self.steps.tolist()
             for work, row in kind.members:
-                count = int(counts[row])
+                count = int(self.each[row]) if even is None else even
                 if count not in made:
                     made[count] = dict(rule.scalars(group, count + 1))
                 work.scalars = made[count]
@@ -242,8 +242,8 @@ class StepPlan:
     def _even_count(self) -> int | None:
         """The steps that every parameter has taken, if it is one number."""
         if not torch.equal(self.steps, self.left):  # other plans, or users, changed it
-            self.left, counts = self.steps.clone(), self.steps.tolist()
-            self.even = int(counts[0]) if counts.count(counts[0]) == len(counts) else None
+            self.left, self.each = self.steps.clone(), self.steps.tolist()
+            self.even = int(self.each[0]) if self.each.count(self.each[0]) == len(self.each) else None
         return self.even
 
     def _describe(self) -> None:
